@@ -1,0 +1,105 @@
+"""The one file that defines operators, and loads the compiled ones.
+
+Every operator is two entries of PyTorch's dispatcher, forward and backward, in the namespace
+`torch.ops.fastft`. Its reference, plain PyTorch, is registered for every device and for tracing;
+compiled kernels take a device's key when they load, so the dispatcher alone chooses.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("fastft", "DEF")
+_references: dict[str, Callable] = {}
+_kinds: dict[tuple[str, str], str] = {}
+
+try:
+    from fastft import _C as extension
+except ModuleNotFoundError as missing:
+    # Not built is allowed and shown by `fastft doctor`; built but broken raises.
+    if missing.name != "fastft._C":
+        raise
+    extension = None
+
+
+def _without_autocast(op, key: torch._C.DispatchKey):
+    """The raw operators compute in the dtypes they are given: public functions apply autocast."""
+
+    def call(*args):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(*args)
+
+    return call
+
+
+def operator(schema: str) -> Callable[[Callable], Callable]:
+    """Defines `torch.ops.fastft.<name>` from a schema; the decorated function is its reference.
+
+    The reference must return the shapes, strides and dtypes the kernels return and never read a
+    value on the host. Gives back the operator, which runs the reference itself in float64, a type
+    that no kernel takes.
+    """
+
+    def register(reference: Callable) -> Callable:
+        name = schema.split("(", 1)[0]
+        _library.define(schema)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.fastft, name).default
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _library.impl(name, _without_autocast(op, getattr(torch._C.DispatchKey, key)), key)
+        _references[name] = reference
+
+        def call(*args):
+            return (reference if args[0].dtype is torch.float64 else op)(*args)
+
+        call.op, call.reference = op, reference
+        return call
+
+    return register
+
+
+def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Callable]:
+    """Makes the decorated Python function serve `op` on a device ("CPU", "CUDA").
+
+    For operators that are a composition of a library's products and compiled passes of our own;
+    `kind` is what `operators` tells of it. Without fastft._C the CPU keeps the reference.
+    """
+
+    def register(function: Callable) -> Callable:
+        if device != "CPU" or extension is not None:
+            name = op.op._schema.name.removeprefix("fastft::")
+            _library.impl(name, function, device)
+            _kinds[name, device.lower()] = kind
+        return function
+
+    return register
+
+
+def operators() -> dict[str, dict[str, str]]:
+    """Operator -> device -> what serves it there: "C++", "Triton", "PyTorch reference"…"""
+    table = {}
+    for name in sorted(_references):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        row = {}
+        for device, key, kind in (("cpu", "CPU", "C++"), ("cuda", "CUDA", "Triton")):
+            found = has(f"fastft::{name}", key)
+            row[device] = _kinds.get((name, device), kind) if found else "PyTorch reference"
+        table[name] = row
+    return table
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast asks of matrix products on this device, None where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x as (rows, last dimension) with a contiguous last dimension; a view where that is possible.
+
+    The kernels read rows at any distance from each other, so slices along the rows are not copied.
+    """
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()

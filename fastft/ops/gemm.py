@@ -1,0 +1,58 @@
+"""gemm: the dense matrix products inside the CPU operators, on the faster of PyTorch's two libraries.
+
+PyTorch sends float32 products to MKL, which keeps to 256-bit code on processors that are not
+Intel's; oneDNN, which PyTorch also ships, uses the full width there (measured on a Zen 5 with two
+cores: 205 against 470 GFLOP/s). The choice depends on the processor and the shape alone, so the same
+inputs give the same bits from run to run.
+"""
+
+import torch
+from torch import Tensor
+
+from fastft.library import extension
+
+# Below this many multiply-adds oneDNN's set-up costs more than it saves (measured, 2 cores).
+_WORTHWHILE = 1 << 22
+
+
+def _prefers_onednn() -> bool:
+    return (
+        extension is not None
+        and not extension.build_info()["intel"]
+        and extension.build_info()["instruction_set"] == "avx512"
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+_ONEDNN = _prefers_onednn()
+
+
+def float32_library() -> str:
+    """Which library large float32 products on the CPU go to: "oneDNN" or "PyTorch's default"."""
+    return "oneDNN" if _ONEDNN else "PyTorch's default"
+
+
+def _use_onednn(x: Tensor, w: Tensor) -> bool:
+    return (
+        _ONEDNN
+        and x.dtype is torch.float32
+        and w.dtype is torch.float32
+        and x.is_cpu
+        and x.shape[0] * x.shape[1] * w.shape[1] >= _WORTHWHILE
+        and x.shape[0] >= 8
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x w + bias for x: (rows, in), w: (in, out) of any strides, bias: (out,)."""
+    if _use_onednn(x, w):
+        return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
+    return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
+
+
+def add_matmul(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """total + x w, a new tensor, for total: (rows, out); one pass where the library fuses the sum."""
+    if _use_onednn(x, w) and total.is_contiguous():
+        return torch.ops.mkldnn._linear_pointwise.binary(x, total, w.t(), None, "add")
+    return torch.addmm(total, x, w)

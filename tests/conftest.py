@@ -1,0 +1,34 @@
+"""Shared by all tests: uninitialised memory is NaN, threads are fixed, compiled code is cached."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fixed_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_nan_fill():
+    """`torch.empty` gives NaN, so an element nobody writes shows; and every test starts alike."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    """Runs the test once per instruction set this processor has."""
+    from fastft.library import extension
+
+    if extension is None:
+        pytest.skip("fastft._C is not built")
+    if extension.limit_isa(request.param) != request.param:
+        extension.limit_isa("avx512")
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    extension.limit_isa("avx512")

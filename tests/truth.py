@@ -1,0 +1,74 @@
+"""The relative rule every operator is held to.
+
+Against a float64 truth, our error (relative norm per tensor) is at most 1.5 times that of PyTorch
+eager in the same dtype, plus 2 ulp of the tensor's largest magnitude for another order of summation.
+"""
+
+import torch
+from torch import Tensor
+
+NAMES = ("output", "gradient")
+
+
+def leaves(args, dtype=None) -> list:
+    """Fresh copies of the tensors that require grad state as given; floats cast to dtype."""
+    copies = []
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.is_floating_point():
+            copy = arg.detach().clone() if dtype is None else arg.detach().to(dtype)
+            # A clone of a strided view is dense, and the layout may be what is tested.
+            if dtype is None:
+                copy = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype).copy_(arg)
+            copies.append(copy.requires_grad_(arg.requires_grad))
+        else:
+            copies.append(arg)
+    return copies
+
+
+def run(function, args, grads=None) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of function(*args), and the gradients of every argument that requires one."""
+    out = function(*args)
+    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    needing = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    if grads is None:
+        grads = [torch.ones_like(o) for o in outs]
+    if not needing:
+        return [o.detach() for o in outs], []
+    got = torch.autograd.grad(
+        outs, needing, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
+    )
+    return [o.detach() for o in outs], list(got)
+
+
+def assert_as_exact(ours, eager, args, factor: float = 1.5) -> None:
+    """Runs both on the same arguments, and eager on float64 ones, and applies the rule to all."""
+    truth_args = leaves(args, torch.float64)
+    probe = eager(*leaves(args, torch.float64))
+    probe = probe if isinstance(probe, tuple) else (probe,)
+    grads = [torch.randn(o.shape, dtype=torch.float64) for o in probe if o is not None]
+    # The truth must see the upstream gradients the others see: rounded to the working dtype.
+    dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    grads = [g.to(dtype).double() for g in grads]
+    truth = run(eager, truth_args, grads)
+    reference = run(eager, leaves(args), grads)
+    got = run(ours, leaves(args), grads)
+    for kind, t_list, r_list, g_list in zip(NAMES, truth, reference, got, strict=True):
+        assert len(t_list) == len(g_list)
+        for index, (t, r, g) in enumerate(zip(t_list, r_list, g_list, strict=True)):
+            assert g.shape == t.shape and g.dtype == r.dtype, f"{kind} {index}: {g.shape} {g.dtype}"
+            assert_close(g, r, t, f"{kind} {index}", factor)
+
+
+def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, what: str, factor: float = 1.5):
+    assert bool(torch.isfinite(ours).all()) or not bool(torch.isfinite(eager).all()), (
+        f"{what}: not finite"
+    )
+    if truth.numel() == 0:
+        return
+    scale = truth.norm()
+    ulp = torch.finfo(ours.dtype).eps * truth.abs().max()
+    slack = 2 * ulp * truth.numel() ** 0.5
+    error, allowed = (ours.double() - truth).norm(), (eager.double() - truth).norm()
+    assert error <= factor * allowed + slack, (
+        f"{what}: relative error {error / scale:.3g}, eager has {allowed / scale:.3g}"
+    )
