@@ -1,7 +1,7 @@
 """The relative rule every operator is held to.
 
 Against a float64 truth, our error (relative norm per tensor) is at most 1.5 times that of PyTorch
-eager in the same dtype, plus 2 ulp of the tensor's largest magnitude for another order of summation.
+eager in the same dtype, plus 2 ulp of the tensor's largest magnitude for another summation order.
 """
 
 import torch

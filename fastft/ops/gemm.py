@@ -1,9 +1,9 @@
-"""gemm: the dense matrix products inside the CPU operators, on the faster of PyTorch's two libraries.
+"""gemm: the dense matrix products of the CPU operators, on the faster of PyTorch's libraries.
 
 PyTorch sends float32 products to MKL, which keeps to 256-bit code on processors that are not
-Intel's; oneDNN, which PyTorch also ships, uses the full width there (measured on a Zen 5 with two
-cores: 205 against 470 GFLOP/s). The choice depends on the processor and the shape alone, so the same
-inputs give the same bits from run to run.
+Intel's; oneDNN, which PyTorch also ships, uses the full width there (measured on two cores of a
+Zen 5: 205 against 470 GFLOP/s). The choice depends on the processor and the shape alone, so the
+same inputs give the same bits from run to run.
 """
 
 import torch
@@ -52,7 +52,7 @@ def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_matmul(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """total + x w, a new tensor, for total: (rows, out); one pass where the library fuses the sum."""
+    """total + x w as a new tensor, total: (rows, out); one pass where the library fuses it."""
     if _use_onednn(x, w) and total.is_contiguous():
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, w.t(), None, "add")
     return torch.addmm(total, x, w)

@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from truth import assert_as_exact, leaves, run
 
-from fastft.ops.norm import _layer_norm, _layer_norm_backward, _rms_norm, _rms_norm_backward
-from fastft.ops.norm import layer_norm, rms_norm
+from fastft.ops.norm import (
+    _layer_norm,
+    _layer_norm_backward,
+    _rms_norm,
+    _rms_norm_backward,
+    layer_norm,
+    rms_norm,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
