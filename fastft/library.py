@@ -50,7 +50,8 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
         _references[name] = reference
 
         def call(*args):
-            return (reference if args[0].dtype is torch.float64 else op)(*args)
+            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            return (reference if first.dtype is torch.float64 else op)(*args)
 
         call.op, call.reference = op, reference
         return call

@@ -1,0 +1,246 @@
+"""lora: linear layers with low-rank adapters (arXiv 2106.09685), one or several on one input.
+
+    y_i = x W_i^T + bias_i + s_i D_i(x) A_i^T B_i^T                    D_i: dropout of its own mask
+
+Backward goes through the rank always, never through B A or a full dW of a frozen W:
+
+    U_i  = s_i dY_i B_i                                                (tokens, rank)
+    dX   = sum over i of dY_i W_i + D_i(U_i A_i)
+    dA_i = U_i^T D_i(x)          dB_i = s_i dY_i^T (D_i(x) A_i^T)
+
+Linears that share an input (query, key, value; gate, up) share its reads and sum dX in place. The
+adapters may be of another dtype than the base: PEFT keeps float32 adapters on a half-precision
+base. The low-rank part is float32 throughout. Base products go to the device's GEMM library.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastft.library import autocast_dtype, operator, rows_of
+from fastft.ops import gemm
+from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum
+
+
+@dataclass(frozen=True)
+class LoraLinear:
+    """One linear layer and its adapter; without a and b, a plain linear layer."""
+
+    weight: Tensor  # (out, in), or (in, out) if transposed (GPT-2's Conv1D)
+    bias: Tensor | None = None  # (out,)
+    a: Tensor | None = None  # (rank, in)
+    b: Tensor | None = None  # (out, rank)
+    scale: float = 1.0
+    dropout: float = 0.0  # probability in force: 0 in evaluation
+    transposed: bool = False
+
+
+def _forward_weight(weight: Tensor, transposed: bool) -> Tensor:
+    return weight if transposed else weight.t()  # (in, out)
+
+
+def _shares_products(a: list[Tensor], masks: list[Tensor | None]) -> bool:
+    """Without dropout the adapters of one input are one adapter of their joint rank: one read."""
+    return len(a) > 1 and all(mask is None for mask in masks)
+
+
+@operator(
+    "lora(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] masks,"
+    " float[] scales, float[] keep_scales, bool[] transposed) -> (Tensor[] ys, Tensor[] xas)"
+)
+def _lora(x, weights, biases, a, b, masks, scales, keep_scales, transposed):
+    if _shares_products(a, masks):
+        joint = low_rank_dot(x, torch.cat([each.to(_wide(each)) for each in a]))
+        xas = [part.contiguous() for part in joint.split([each.shape[0] for each in a], 1)]
+    else:
+        xas = [
+            low_rank_dot(x, each, mask, keep)
+            for each, mask, keep in zip(a, masks, keep_scales, strict=True)
+        ]
+    ys = []
+    for i, weight in enumerate(weights):
+        y = gemm.matmul(x, _forward_weight(weight, transposed[i]), biases[i])
+        if a[i].shape[0]:
+            low_rank_add_(y, xas[i], b[i].t(), None, 1.0, scales[i])
+        ys.append(y)
+    return ys, xas
+
+
+@operator(
+    "lora_backward_input(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, Tensor?[] masks,"
+    " float[] scales, float[] keep_scales, bool[] transposed, bool input_grad)"
+    " -> (Tensor dx, Tensor[] us)"
+)
+def _lora_backward_input(dys, weights, a, b, masks, scales, keep_scales, transposed, input_grad):
+    us = [
+        low_rank_dot(dy, each.t(), None, 1.0, scale)
+        for dy, each, scale in zip(dys, b, scales, strict=True)
+    ]
+    if not input_grad:
+        return dys[0].new_empty(0), us
+    dx = None
+    for dy, weight, is_transposed in zip(dys, weights, transposed, strict=True):
+        w = _forward_weight(weight, is_transposed).t()
+        dx = gemm.matmul(dy, w) if dx is None else gemm.add_matmul(dx, dy, w)
+    if _shares_products(a, masks):
+        low_rank_add_(dx, torch.cat(us, 1), torch.cat([each.to(us[0].dtype) for each in a]))
+    else:
+        for u, each, mask, keep in zip(us, a, masks, keep_scales, strict=True):
+            if each.shape[0]:
+                low_rank_add_(dx, u, each, mask, keep)
+    return dx, us
+
+
+@operator(
+    "lora_backward_adapters(Tensor x, Tensor[] dys, Tensor[] us, Tensor[] xas, Tensor?[] masks,"
+    " float[] scales, float[] keep_scales) -> (Tensor[] da, Tensor[] db)"
+)
+def _lora_backward_adapters(x, dys, us, xas, masks, scales, keep_scales):
+    if _shares_products(us, masks):
+        joint = low_rank_sum(x, torch.cat(us, 1))
+        da = [part.clone() for part in joint.split([u.shape[1] for u in us])]
+    else:
+        da = [
+            low_rank_sum(x, u, mask, keep)
+            for u, mask, keep in zip(us, masks, keep_scales, strict=True)
+        ]
+    db = [
+        low_rank_sum(dy, xa, None, 1.0, scale).t().contiguous()
+        for dy, xa, scale in zip(dys, xas, scales, strict=True)
+    ]
+    return da, db
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What is not a tensor of the linears that share one input."""
+
+    scales: list[float]
+    keep_scales: list[float]
+    transposed: list[bool]
+
+    @staticmethod
+    def of(linears: Sequence[LoraLinear]) -> "_Group":
+        return _Group(
+            [each.scale for each in linears],
+            [1.0 / (1.0 - each.dropout) if each.dropout < 1 else 0.0 for each in linears],
+            [each.transposed for each in linears],
+        )
+
+
+def _unflatten(tensors, count: int) -> tuple[list, ...]:
+    """weights, biases, a, b, masks."""
+    return tuple(list(tensors[i * count : (i + 1) * count]) for i in range(5))
+
+
+class _Lora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, x, *tensors):
+        # x: (tokens, in)
+        weights, biases, a, b, masks = _unflatten(tensors, len(group.scales))
+        ys, xas = _lora(
+            x, weights, biases, a, b, masks, group.scales, group.keep_scales, group.transposed
+        )
+        ctx.group = group
+        ctx.save_for_backward(x, *weights, *a, *b, *masks, *xas)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        g, count = ctx.group, len(ctx.group.scales)
+        x, *saved = ctx.saved_tensors
+        weights, a, b, masks, xas = _unflatten(saved, count)
+        need = _unflatten(ctx.needs_input_grad[2:], count)
+        dys = [rows_of(dy) for dy in dys]
+        dx, us = _lora_backward_input(
+            dys, weights, a, b, masks, g.scales, g.keep_scales, g.transposed,
+            ctx.needs_input_grad[1],
+        )  # fmt: skip
+        da, db = [None] * count, [None] * count
+        if any(need[2]) or any(need[3]):
+            da, db = _lora_backward_adapters(x, dys, us, xas, masks, g.scales, g.keep_scales)
+        dweights, dbiases = [None] * count, [None] * count
+        for i, dy in enumerate(dys):
+            if need[0][i]:
+                pair = (x.t(), dy) if g.transposed[i] else (dy.t(), x)
+                dweights[i] = gemm.matmul(*pair)
+            if need[1][i]:
+                dbiases[i] = dy.sum(0)
+        da = [d.to(p.dtype) if n else None for d, p, n in zip(da, a, need[2], strict=True)]
+        db = [d.to(p.dtype) if n else None for d, p, n in zip(db, b, need[3], strict=True)]
+        dx = dx if ctx.needs_input_grad[1] else None
+        return None, dx, *dweights, *dbiases, *da, *db, *([None] * count)
+
+
+def _dropout_mask(x: Tensor, p: float) -> Tensor | None:
+    """True where kept. Drawn as nn.Dropout draws, so a seed gives PEFT's mask on the CPU."""
+    if p == 0.0:
+        return None
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p)
+
+
+def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
+    if not linears:
+        raise ValueError("linears: expected at least one")
+    if not x.is_floating_point() or x.dim() == 0:
+        raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
+    for i, each in enumerate(linears):
+        rows, columns = each.weight.shape[::-1] if each.transposed else each.weight.shape
+        if columns != x.shape[-1]:
+            raise ValueError(
+                f"linears[{i}].weight: expected {x.shape[-1]} inputs as x has, got {columns}"
+            )
+        if each.weight.dtype != x.dtype:
+            raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {each.weight.dtype}")
+        if (each.a is None) != (each.b is None):
+            raise ValueError(f"linears[{i}]: expected both a and b, or neither")
+        if each.a is not None and (
+            each.a.shape[1:] != (columns,) or each.b.shape != (rows, each.a.shape[0])
+        ):
+            raise ValueError(
+                f"linears[{i}]: expected a (rank, {columns}) and b ({rows}, rank), "
+                f"got {tuple(each.a.shape)} and {tuple(each.b.shape)}"
+            )
+        if not 0.0 <= each.dropout <= 1.0:
+            raise ValueError(f"linears[{i}].dropout: expected 0 to 1, got {each.dropout}")
+
+
+def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tensor | None]]:
+    """x as rows, and weights, biases, a, b, dropout masks of all linears in one flat list."""
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype is not torch.float64:
+        x = x.to(dtype)
+    weights = [each.weight.to(x.dtype) if dtype is not None else each.weight for each in linears]
+    biases = [None if each.bias is None else each.bias.to(x.dtype) for each in linears]
+    linears = [LoraLinear(w, bi, e.a, e.b, e.scale, e.dropout, e.transposed)
+               for w, bi, e in zip(weights, biases, linears, strict=True)]  # fmt: skip
+    _check(x, linears)
+    rows = rows_of(x)
+    a, b = [], []
+    for each in linears:
+        out = each.weight.shape[1 if each.transposed else 0]
+        a.append(rows.new_empty(0, rows.shape[1]) if each.a is None else each.a)
+        b.append(rows.new_empty(out, 0) if each.b is None else each.b)
+    masks = [_dropout_mask(rows, each.dropout if each.a is not None else 0.0) for each in linears]
+    return rows, [*weights, *biases, *a, *b, *masks]
+
+
+def lora_shared(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
+    """Several linears on one input x (..., in): a tuple of (..., out_i), dtype of x.
+
+    Under autocast, x and the base weights are cast to autocast's dtype; the adapters are not.
+    Raises: ValueError or TypeError that names the argument.
+    """
+    rows, tensors = prepare(x, linears)
+    ys = _Lora.apply(_Group.of(linears), rows, *tensors)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def lora(x: Tensor, linear: LoraLinear) -> Tensor:
+    """x W^T + bias + scale * dropout(x) A^T B^T, for x (..., in): (..., out), dtype of x.
+
+    Under autocast and for errors, see `lora_shared`.
+    """
+    return lora_shared(x, (linear,))[0]
