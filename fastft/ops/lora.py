@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastft.library import autocast_dtype, operator, rows_of
 from fastft.ops import gemm
-from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum
+from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _shares_products(a: list[Tensor], masks: list[Tensor | None]) -> bool:
 )
 def _lora(x, weights, biases, a, b, masks, scales, keep_scales, transposed):
     if _shares_products(a, masks):
-        joint = low_rank_dot(x, torch.cat([each.to(_wide(each)) for each in a]))
+        joint = low_rank_dot(x, torch.cat([each.to(wide_dtype(each)) for each in a]))
         xas = [part.contiguous() for part in joint.split([each.shape[0] for each in a], 1)]
     else:
         xas = [
@@ -131,8 +131,52 @@ class _Group:
 
 
 def _unflatten(tensors, count: int) -> tuple[list, ...]:
-    """weights, biases, a, b, masks."""
+    """Five lists of `count` from one flat one: weights, biases, a, b, masks, for instance."""
     return tuple(list(tensors[i * count : (i + 1) * count]) for i in range(5))
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One group of linears on one input, as backward needs it; x may come later than dys."""
+
+    group: _Group
+    weights: list[Tensor]
+    a: list[Tensor]
+    b: list[Tensor]
+    masks: list[Tensor | None]
+    xas: list[Tensor]
+
+    @staticmethod
+    def of(group: _Group, tensors: Sequence) -> "_Saved":
+        return _Saved(group, *_unflatten(tensors, len(group.scales)))
+
+    def input_grad(self, dys: list[Tensor], needed: bool) -> tuple[Tensor, list[Tensor]]:
+        """dX (tokens, in), and U_i (tokens, rank) for `tensor_grads`."""
+        g = self.group
+        return _lora_backward_input(
+            dys, self.weights, self.a, self.b, self.masks, g.scales, g.keep_scales,
+            g.transposed, needed,
+        )  # fmt: skip
+
+    def tensor_grads(self, x: Tensor, dys: list[Tensor], us: list[Tensor], need) -> list:
+        """Gradients of weights, biases, a, b, masks in one list; None where `need` is False."""
+        g, count = self.group, len(dys)
+        weights, biases, need_a, need_b, _ = _unflatten(need, count)
+        none = [None] * count
+        da, db, dweights, dbiases = none, none, list(none), list(none)
+        if any(need_a) or any(need_b):
+            da, db = _lora_backward_adapters(
+                x, dys, us, self.xas, self.masks, g.scales, g.keep_scales
+            )
+            da = [d.to(p.dtype) if n else None for d, p, n in zip(da, self.a, need_a, strict=True)]
+            db = [d.to(p.dtype) if n else None for d, p, n in zip(db, self.b, need_b, strict=True)]
+        for i, dy in enumerate(dys):
+            if weights[i]:
+                pair = (x.t(), dy) if g.transposed[i] else (dy.t(), x)
+                dweights[i] = gemm.matmul(*pair)
+            if biases[i]:
+                dbiases[i] = dy.sum(0)
+        return [*dweights, *dbiases, *da, *db, *none]
 
 
 class _Lora(torch.autograd.Function):
@@ -149,29 +193,12 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *dys):
-        g, count = ctx.group, len(ctx.group.scales)
-        x, *saved = ctx.saved_tensors
-        weights, a, b, masks, xas = _unflatten(saved, count)
-        need = _unflatten(ctx.needs_input_grad[2:], count)
+        x, *tensors = ctx.saved_tensors
+        saved = _Saved.of(ctx.group, tensors)
         dys = [rows_of(dy) for dy in dys]
-        dx, us = _lora_backward_input(
-            dys, weights, a, b, masks, g.scales, g.keep_scales, g.transposed,
-            ctx.needs_input_grad[1],
-        )  # fmt: skip
-        da, db = [None] * count, [None] * count
-        if any(need[2]) or any(need[3]):
-            da, db = _lora_backward_adapters(x, dys, us, xas, masks, g.scales, g.keep_scales)
-        dweights, dbiases = [None] * count, [None] * count
-        for i, dy in enumerate(dys):
-            if need[0][i]:
-                pair = (x.t(), dy) if g.transposed[i] else (dy.t(), x)
-                dweights[i] = gemm.matmul(*pair)
-            if need[1][i]:
-                dbiases[i] = dy.sum(0)
-        da = [d.to(p.dtype) if n else None for d, p, n in zip(da, a, need[2], strict=True)]
-        db = [d.to(p.dtype) if n else None for d, p, n in zip(db, b, need[3], strict=True)]
-        dx = dx if ctx.needs_input_grad[1] else None
-        return None, dx, *dweights, *dbiases, *da, *db, *([None] * count)
+        dx, us = saved.input_grad(dys, ctx.needs_input_grad[1])
+        grads = saved.tensor_grads(x, dys, us, ctx.needs_input_grad[2:])
+        return None, dx if ctx.needs_input_grad[1] else None, *grads
 
 
 def _dropout_mask(x: Tensor, p: float) -> Tensor | None:

@@ -5,8 +5,8 @@
     low_rank_add_   matrix += scale * D narrow wide    in place, over a private buffer only
 
 with M = matrix * mask * keep_scale under dropout (D likewise on the added part), and M = matrix
-without. Sums are float32 whatever the matrix's dtype. GEMM libraries reach a tenth of the memory's speed at
-rank 8; above `_GEMM_RANK` they win again and are used.
+without. Sums are float32 whatever the matrix's dtype. At rank 8, GEMM libraries reach a tenth of
+the memory's speed; above `_GEMM_RANK` they win again and are used.
 """
 
 import torch
@@ -19,12 +19,13 @@ from fastft.ops import gemm
 _GEMM_RANK = 64
 
 
-def _wide(matrix: Tensor) -> torch.dtype:
+def wide_dtype(matrix: Tensor) -> torch.dtype:
+    """float32, in which the low-rank part is computed; float64 stays."""
     return torch.promote_types(matrix.dtype, torch.float32)
 
 
 def _masked(matrix: Tensor, mask: Tensor | None, keep_scale: float) -> Tensor:
-    wide = matrix.to(_wide(matrix))
+    wide = matrix.to(wide_dtype(matrix))
     return wide if mask is None else wide * mask * keep_scale
 
 
