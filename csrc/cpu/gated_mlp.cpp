@@ -1,0 +1,107 @@
+// act(gate) * up and its gradients: one pass, each activation and its derivative from one exp.
+#include "gated_mlp.h"
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace fastft::FASTFT_ISA {
+namespace {
+
+struct Value {
+  Vec act, slope;  // act(x) and act'(x)
+};
+
+struct Silu {
+  static Vec act(Vec x) { return x * sigmoid(x); }
+  static Value both(Vec x) {
+    Vec s = sigmoid(x);
+    return {x * s, s * fma(x, 1.f - s, broadcast(1.f))};
+  }
+};
+
+struct Gelu {
+  static Vec cdf(Vec x) { return 0.5f + 0.5f * erf(x * 0.70710678118654752f); }
+  static Vec act(Vec x) { return x * cdf(x); }
+  static Value both(Vec x) {
+    Vec p = cdf(x), density = exp(-0.5f * x * x) * 0.39894228040143268f;
+    return {x * p, fma(x, density, p)};
+  }
+};
+
+struct GeluTanh {
+  static constexpr float kScale = 0.79788456080286536f, kCubic = 0.044715f;  // sqrt(2 / pi)
+  static Vec turned(Vec x) { return tanh(kScale * x * fma(kCubic * x, x, broadcast(1.f))); }
+  static Vec act(Vec x) { return x * fma(broadcast(0.5f), turned(x), broadcast(0.5f)); }
+  static Value both(Vec x) {
+    Vec t = turned(x), p = fma(broadcast(0.5f), t, broadcast(0.5f));
+    Vec inner = kScale * fma(3.f * kCubic * x, x, broadcast(1.f));
+    return {x * p, fma(0.5f * x * (1.f - t * t), inner, p)};
+  }
+};
+
+template <class Body>
+void by_activation(Activation activation, Body&& body) {
+  switch (activation) {
+    case Activation::silu: body(Silu{}); break;
+    case Activation::gelu: body(Gelu{}); break;
+    case Activation::gelu_tanh: body(GeluTanh{}); break;
+  }
+}
+
+// Pieces of rows, so that one long row is shared between the threads as well.
+constexpr int64_t kPiece = 4096;
+
+template <class Body>
+void for_each_piece(int64_t rows, int64_t columns, Body&& body) {
+  const int64_t pieces = (columns + kPiece - 1) / kPiece;
+#pragma omp parallel for if (rows * columns >= kGrain)
+  for (int64_t piece = 0; piece < rows * pieces; ++piece) {
+    int64_t first = piece % pieces * kPiece;
+    body(piece / pieces, first, std::min(kPiece, columns - first));
+  }
+}
+
+}  // namespace
+
+void gated_forward(const GatedForward& a) {
+  by_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    by_activation(a.activation, [&](auto activation) {
+      for_each_piece(a.rows, a.columns, [&](int64_t row, int64_t first, int64_t size) {
+        const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
+        const T* up = static_cast<const T*>(a.up) + row * a.up_stride + first;
+        T* h = static_cast<T*>(a.h) + row * a.columns + first;
+        for_each_vec(size, [&](int64_t i, auto n) {
+          store(h + i, activation.act(load(gate + i, n)) * load(up + i, n), n);
+        });
+      });
+    });
+  });
+}
+
+void gated_backward(const GatedBackward& a) {
+  by_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    by_activation(a.activation, [&](auto activation) {
+      for_each_piece(a.rows, a.columns, [&](int64_t row, int64_t first, int64_t size) {
+        const T* dh = static_cast<const T*>(a.dh) + row * a.dh_stride + first;
+        const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
+        const T* up = static_cast<const T*>(a.up) + row * a.up_stride + first;
+        const int64_t out = row * a.columns + first;
+        T* h = a.h ? static_cast<T*>(a.h) + out : nullptr;
+        T* dgate = static_cast<T*>(a.dgate) + out;
+        T* dup = static_cast<T*>(a.dup) + out;
+        for_each_vec(size, [&](int64_t i, auto n) {
+          Vec grad = load(dh + i, n), factor = load(up + i, n);
+          Value value = activation.both(load(gate + i, n));
+          if (h) store(h + i, value.act * factor, n);
+          store(dgate + i, grad * factor * value.slope, n);
+          store(dup + i, grad * value.act, n);
+        });
+      });
+    });
+  });
+}
+
+}  // namespace fastft::FASTFT_ISA
