@@ -1,0 +1,215 @@
+"""Swaps the head and loss of causal language models: hidden states to loss without the logits.
+
+Rows without a label are not computed, padding is left out of the whole model, and `outputs.logits`
+is there when it is read. Calls without labels, with logits_to_keep, under torch.compile, or with a
+loss function that is not transformers' own take the model's own path.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
+from fastft.patch import padding
+from fastft.patch.confirm import TOLERANCE, Unlike, relative, stand_in, undisturbed
+from fastft.patch.lazy import LazyLogits
+from fastft.patch.lora import as_lora_linear
+from fastft.patch.swap import is_hooked, original_forward, swap_of
+
+_FIELDS = {"loss", "logits", "past_key_values", "hidden_states", "attentions", "cross_attentions"}
+
+
+@dataclass(frozen=True)
+class CausalLm:
+    """What a model does between its head and its loss."""
+
+    softcap: float | None
+    logit_scale: float
+    output: type  # of the forward
+
+
+def is_candidate(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return False
+    return _loss_name(module) == "ForCausalLMLoss" and _base(module) is not module
+
+
+def _loss_name(module) -> str:
+    return getattr(module.loss_function, "__name__", "")
+
+
+def _base(module) -> nn.Module:
+    return getattr(module, module.base_model_prefix, module)
+
+
+def _active(head: nn.Module | None) -> nn.Module | None:
+    """The head itself, or the trained copy PEFT keeps beside it (modules_to_save)."""
+    other = sys.modules.get("peft.utils.other")
+    if other is not None and isinstance(head, other.ModulesToSaveWrapper):
+        if is_hooked(head) or head.disable_adapters or len(head.active_adapters) != 1:
+            return None
+        name = head.active_adapters[0]
+        return head.modules_to_save[name] if name in head.modules_to_save else head.original_module
+    return head
+
+
+def _head(module, options: CausalLm) -> Head | None:
+    """The head as the operator takes it; None if it must run by itself."""
+    layer = _active(module.get_output_embeddings())
+    if layer is None or is_hooked(layer):
+        return None
+    linear = as_lora_linear(layer)
+    if linear is None or linear.transposed or (linear.a is not None and linear.dropout):
+        return None
+    lora = None if linear.a is None else (linear.a, linear.b, linear.scale)
+    return Head(linear.weight, linear.bias, lora, options.logit_scale)
+
+
+def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """(batch, length): the label that each place predicts."""
+    if shift_labels is not None:
+        return shift_labels
+    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def forward(module, *args, **kwargs):
+    arguments = padding.bind(module, args, kwargs)
+    options = module._fastft_swap.options
+    head = _head(module, options)
+    labels = arguments.get("labels")
+    if (
+        labels is None
+        or head is None
+        or torch.compiler.is_compiling()
+        or _loss_name(module) != "ForCausalLMLoss"
+        or not _keeps_all(arguments.get("logits_to_keep", 0))
+        or arguments.get("return_dict", True) is False
+        or not module.config.return_dict
+    ):
+        return original_forward(module)(*args, **kwargs)
+    return _forward(module, head, arguments)
+
+
+def _keeps_all(logits_to_keep) -> bool:
+    return isinstance(logits_to_keep, int) and logits_to_keep == 0
+
+
+def _forward(module, head: Head, arguments: dict):
+    options, base = module._fastft_swap.options, _base(module)
+    arguments = dict(arguments)
+    labels = arguments.pop("labels")
+    arguments.pop("logits_to_keep", None)
+    num_items = arguments.pop("num_items_in_batch", None)
+    shift_labels = arguments.pop("shift_labels", None)
+    ignore_index = arguments.pop("ignore_index", -100)
+    targets = _targets(labels, shift_labels, ignore_index)
+    packing = None
+    if swap_of(base) is not None:  # confirmed to take packed rows
+        packing = padding.packing_for(base, arguments, keeps_cache=False)
+    if packing is not None and _predicts_from_padding(packing, targets, ignore_index):
+        packing = None
+    if packing is not None:
+        outputs = padding.run_packed(base, packing, arguments)
+        hidden, kept = outputs[0][0], targets.flatten()[packing.places.to(targets.device)]
+    else:
+        if module.training and "use_cache" not in arguments and not _has_cache(arguments):
+            arguments["use_cache"] = False
+        outputs = base(**arguments)
+        hidden, kept = outputs[0].flatten(0, 1), targets.flatten()
+    loss = linear_cross_entropy(
+        hidden, head, kept.to(hidden.device),
+        num_items=num_items, ignore_index=ignore_index, softcap=options.softcap,
+    )  # fmt: skip
+
+    def logits() -> Tensor:
+        states = outputs[0] if packing is None else packing.unpack(outputs[0])
+        z = module.get_output_embeddings()(states)
+        z = z if options.logit_scale == 1.0 else z * options.logit_scale
+        return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+    lazy = LazyLogits(
+        logits, (*labels.shape, head.weight.shape[0]), hidden.dtype, hidden.device,
+        hidden.requires_grad,
+    )  # fmt: skip
+    rest = {k: outputs.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
+    return options.output(loss=loss, logits=lazy, **rest)
+
+
+def _has_cache(arguments: dict) -> bool:
+    return arguments.get("past_key_values") is not None
+
+
+def _predicts_from_padding(packing, targets: Tensor, ignore_index: int) -> bool:
+    """A label that a padded place predicts counts in the model's own loss: it must be computed."""
+    labelled = targets.flatten() != ignore_index
+    labelled[packing.places.to(labelled.device)] = False
+    return bool(labelled.any())
+
+
+class _Stub(nn.Module):
+    """Stands for the base model: gives the hidden states it was made with."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args, **kwargs):
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def recognise(module) -> CausalLm:
+    """Tries the class's forward on large random hidden states with a small head; Unlike if none."""
+    config = module.config
+    caps = {None, getattr(config, "final_logit_softcapping", None)}
+    scales = {1.0}
+    for value in (getattr(module, "logit_scale", None), getattr(config, "logit_scale", None)):
+        scales |= {float(value)} if isinstance(value, (int, float)) else set()
+    if isinstance(scaling := getattr(config, "logits_scaling", None), (int, float)) and scaling:
+        scales.add(1.0 / scaling)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 3, 8, generator=generator)
+    labels = torch.randint(0, config.vocab_size, (2, 3), generator=generator)
+    labels[0, 1] = -100
+    weight = torch.randn(config.vocab_size, 8, generator=generator) * 5
+    head_name = next(
+        (n for n, m in module.named_children() if m is module.get_output_embeddings()), None
+    )
+    if head_name is None:
+        raise Unlike("head and loss kept: no output embedding of its own")
+    linear = nn.Linear(8, config.vocab_size, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    children = {**module._modules, head_name: linear}
+
+    def own(hidden):
+        children[module.base_model_prefix] = _Stub(hidden)
+        probe = stand_in(module, {}, children)
+        return type(module).forward(probe, input_ids=labels, labels=labels)
+
+    with undisturbed():
+        leaf = hidden.clone().requires_grad_()
+        try:
+            output = own(leaf)
+            (wanted,) = torch.autograd.grad(output.loss, leaf)
+        except Exception as error:  # the forward of an unknown architecture
+            raise Unlike(f"head and loss kept: {type(error).__name__}: {error}") from error
+        if not set(output.__dataclass_fields__) <= _FIELDS:
+            raise Unlike(f"head and loss kept: it returns a {type(output).__name__}")
+        worst = float("inf")
+        for softcap in caps:
+            for scale in scales:
+                ours = hidden.clone().requires_grad_()
+                loss = linear_cross_entropy(
+                    ours.flatten(0, 1), Head(weight, None, None, scale),
+                    _targets(labels, None, -100).flatten(), softcap=softcap,
+                )  # fmt: skip
+                (grad,) = torch.autograd.grad(loss, ours)
+                gap = max(relative(loss, output.loss), relative(grad, wanted))
+                if gap <= TOLERANCE:
+                    return CausalLm(softcap, scale, type(output))
+                worst = min(worst, gap)
+    raise Unlike(f"head and loss kept: its loss is another formula (difference {worst:.2g})")

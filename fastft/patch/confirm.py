@@ -1,0 +1,81 @@
+"""Confirms a replacement by behaviour: original and replacement run on the same small random input.
+
+A module is tried through a stand-in of its class with small random float32 parameters, forward and
+backward; the module itself, the random state and gradients stay as they were. What disagrees is
+left alone and reported with its difference, so a new release of a model cannot become wrong.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# float32 arithmetic in another order on tiny inputs; a different formula is off by far more.
+TOLERANCE = 1e-4
+
+
+class Unlike(Exception):
+    """The module is not what it looked like; the message says how."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leaves the random state, grad mode and autocast of the caller as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        yield
+
+
+def stand_in(module: nn.Module, parameters: dict, children: dict) -> nn.Module:
+    """An instance of the module's class with other parameters and children, and no hooks."""
+    other = copy.copy(module)
+    for name, value in list(other.__dict__.items()):
+        if name.endswith("_hooks") and isinstance(value, dict):
+            other.__dict__[name] = type(value)()
+    other.__dict__.pop("forward", None)
+    other.__dict__.pop("_fastft_swap", None)
+    other.__dict__["_parameters"] = dict(parameters)
+    other.__dict__["_modules"] = dict(children)
+    return other
+
+
+def difference(original: Callable, replacement: Callable, inputs: Sequence[Tensor]) -> float:
+    """Largest relative difference of outputs and of the gradients of `inputs`."""
+    results = []
+    for function in (original, replacement):
+        copies = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*copies)
+        outs = list(out) if isinstance(out, (tuple, list)) else [out]
+        weights = [torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o) for o in outs]
+        loss = sum((o * w).sum() for o, w in zip(outs, weights, strict=True))
+        results.append([*outs, *torch.autograd.grad(loss, copies)])
+    worst = 0.0
+    for a, b in zip(*results, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise Unlike(f"gives {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}")
+        worst = max(worst, relative(a, b))
+    return worst
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|, 0 for two zeros; NaN and infinities count as unlike unless in both."""
+    gap, size = (a.double() - b.double()).norm().item(), b.double().norm().item()
+    if gap == 0:
+        return 0.0
+    return gap / size if size > 0 and gap == gap else float("inf")
+
+
+def confirm(original: Callable, replacement: Callable, inputs: Sequence[Tensor]) -> None:
+    """Raises Unlike unless both compute the same."""
+    with undisturbed():
+        try:
+            worst = difference(original, replacement, inputs)
+        except Unlike:
+            raise
+        except Exception as error:  # the original's forward may ask for anything at all
+            raise Unlike(f"could not be tried ({type(error).__name__}: {error})") from error
+    if not worst <= TOLERANCE:
+        raise Unlike(f"computes something else (relative difference {worst:.2g})")

@@ -1,0 +1,87 @@
+"""Swaps gated MLPs: gate/up/down, or gate and up in one projection (Phi-3)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.gated_mlp import gated_mlp
+from fastft.ops.lora_mlp import lora_mlp
+from fastft.patch import lora as lora_layers
+from fastft.patch.confirm import Unlike, confirm, stand_in
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_SEPARATE = ("gate_proj", "up_proj", "down_proj")
+_JOINT = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """Which gated MLP a module is."""
+
+    activation: str
+    joint: bool  # gate and up are the halves of one projection
+
+
+def is_candidate(module: nn.Module) -> bool:
+    names = set(module._modules)
+    linear = all(
+        isinstance(c, nn.Linear) or lora_layers.is_candidate(c)
+        for n, c in module._modules.items()
+        if n.endswith("_proj")
+    )
+    return linear and (names >= set(_SEPARATE) or names >= set(_JOINT)) and not module._parameters
+
+
+def forward(module: nn.Module, x: Tensor) -> Tensor:
+    options = module._fastft_swap.options
+    if options.joint:
+        return _joint(module, x, options.activation)
+    linears = [lora_layers.child(module, name) for name in _SEPARATE]
+    if all(each is not None and lora_layers.takes(x, each) for each in linears):
+        return lora_mlp(x, *linears, options.activation)
+    return _separate(module, x, options.activation)
+
+
+def _separate(module: nn.Module, x: Tensor, activation: str) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(gated_mlp(gate, up, activation))
+
+
+def _joint(module: nn.Module, x: Tensor, activation: str) -> Tensor:
+    gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    return module.down_proj(gated_mlp(gate, up, activation))
+
+
+def recognise(module: nn.Module) -> GatedMlp:
+    """Which gated MLP this is; Unlike if none."""
+    hidden, intermediate = 6, 10
+    joint = set(module._modules) >= set(_JOINT)
+    sizes = {
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "gate_up_proj": (hidden, 2 * intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+    children = dict(module._modules)
+    generator = torch.Generator().manual_seed(0)
+    for name in _JOINT if joint else _SEPARATE:
+        linear = nn.Linear(*sizes[name], device="meta").to_empty(device="cpu")
+        for parameter in linear.parameters():
+            parameter.data.normal_(generator=generator)
+        children[name] = linear
+    probe = stand_in(module, {}, children)
+    x = torch.randn(1, 4, hidden, generator=generator)
+    compute = _joint if joint else _separate
+    for activation in _ACTIVATIONS:
+
+        def replacement(x, activation=activation):
+            return compute(probe, x, activation)
+
+        try:
+            confirm(lambda x: type(module).forward(probe, x), replacement, [x])
+        except Unlike as unlike:
+            reason = unlike
+            continue
+        return GatedMlp(activation, joint)
+    raise reason

@@ -1,0 +1,113 @@
+"""Swaps PEFT's LoRA layers, over nn.Linear, GPT-2's Conv1D and quantised bases.
+
+PEFT's state decides at every call: merged, disabled, mixed or DoRA adapters take PEFT's own path.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.lora import LoraLinear, lora, lora_onto
+from fastft.patch.swap import is_hooked, original_forward, swap_of
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """A LoRA layer of PEFT's over some linear base."""
+    peft_lora = sys.modules.get("peft.tuners.lora.layer")
+    if peft_lora is None or not isinstance(module, peft_lora.LoraLayer):
+        return False
+    base = module.get_base_layer()
+    return _is_plain_base(base) or _is_quantised(base)
+
+
+def _is_plain_base(base: nn.Module) -> bool:
+    return type(base) is nn.Linear or _is_conv1d(base)
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return utils is not None and type(base) is utils.Conv1D
+
+
+def _is_quantised(base: nn.Module) -> bool:
+    """bitsandbytes' 4-bit and 8-bit layers: their product stays theirs."""
+    return isinstance(base, nn.Linear) and type(base).__module__.startswith("bitsandbytes.")
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why this LoRA layer keeps PEFT's own path in its present state; None if it need not."""
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters:
+        return "adapters disabled: PEFT's own path"
+    if module.merged:
+        return "adapter merged: PEFT's own path"
+    if len(active) > 1:
+        return "several active adapters: PEFT's own path"
+    if active and active[0] in module.lora_variant:
+        return "a LoRA variant such as DoRA: PEFT's own path"
+    if active and module.lora_B[active[0]].bias is not None:
+        return "lora_bias: PEFT's own path"
+    base = module.get_base_layer()
+    parts = [base]
+    if active:
+        parts += [module.lora_A[active[0]], module.lora_B[active[0]]]
+        if not isinstance(module.lora_dropout[active[0]], nn.Dropout | nn.Identity):
+            return f"dropout of type {type(module.lora_dropout[active[0]]).__name__}"
+        if any(type(part) is not nn.Linear for part in parts[1:]):
+            return "adapter factors that are not nn.Linear: PEFT's own path"
+    if any(is_hooked(part) or "forward" in part.__dict__ for part in parts):
+        return "hooks on its parts: PEFT's own path"
+    return None
+
+
+def as_lora_linear(module: nn.Module) -> LoraLinear | None:
+    """A plain or LoRA linear layer as the operators take it; None if it must run by itself."""
+    if type(module) is nn.Linear:
+        return None if "forward" in module.__dict__ else LoraLinear(module.weight, module.bias)
+    if _is_conv1d(module):
+        if "forward" in module.__dict__:
+            return None
+        return LoraLinear(module.weight, module.bias, transposed=True)
+    if not is_candidate(module) or why_not(module) is not None:
+        return None
+    base = module.get_base_layer()
+    if not _is_plain_base(base):
+        return None
+    return _with_adapter(module, base.weight, base.bias, _is_conv1d(base))
+
+
+def _with_adapter(module, weight, bias, transposed=False) -> LoraLinear:
+    name = next((name for name in module.active_adapters if name in module.lora_A), None)
+    if name is None:
+        return LoraLinear(weight, bias, transposed=transposed)
+    dropout = module.lora_dropout[name]
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return LoraLinear(
+        weight, bias, module.lora_A[name].weight, module.lora_B[name].weight,
+        module.scaling[name], p, transposed,
+    )  # fmt: skip
+
+
+def takes(x: Tensor, linear: LoraLinear) -> bool:
+    """The operator's dtypes: the base's own, or autocast's."""
+    return x.dtype == linear.weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def forward(module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+    if not args and not kwargs and why_not(module) is None:
+        base = module.get_base_layer()
+        if _is_quantised(base):
+            return lora_onto(base(x), x, _with_adapter(module, None, None))
+        linear = as_lora_linear(module)
+        if linear is not None and takes(x, linear):
+            return lora(x, linear)
+    return original_forward(module)(x, *args, **kwargs)
+
+
+def child(parent: nn.Module, name: str) -> LoraLinear | None:
+    """A child that a fused unit may read directly: no hooks, no forward but ours or its class's."""
+    module = getattr(parent, name)
+    if is_hooked(module) or ("forward" in module.__dict__ and swap_of(module) is None):
+        return None
+    return as_lora_linear(module)

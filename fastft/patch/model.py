@@ -1,0 +1,200 @@
+"""patch and unpatch: walks a model, swaps what is recognised and confirmed, reports all of it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastft.patch.confirm import Unlike
+from fastft.patch.report import Report
+from fastft.patch.swap import has_own_forward, swap, swap_of, undo
+
+
+def patch(model: nn.Module) -> Report:
+    """Swaps fused operators into this model's modules, in place; returns what was done.
+
+    Covers norms, gated MLPs, rotary embeddings, attention, PEFT's LoRA layers, and head and loss of
+    causal language models; padded training batches are computed without their padding. Only this
+    instance changes, `unpatch` gives it back exactly, and what is not recognised is left alone and
+    reported. May be called again, after adding an adapter for instance: it adds what is missing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    parameter = next(model.parameters(), None)
+    report = Report(parameter.device.type if parameter is not None else "cpu")
+    _Patcher(report).run(model)
+    return report
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Undoes `patch` on this instance; returns remarks on what could only be switched off."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    remarks = set()
+    for module in model.modules():
+        remark = undo(module)
+        if remark is not None:
+            remarks.add(f"{type(module).__name__}: {remark}")
+        module.__dict__.pop("_fastft_attention", None)
+        before = module.__dict__.pop("_fastft_attention_before", None)
+        if before is not None and module.config._attn_implementation == "fastft":
+            module.config._attn_implementation_internal = before
+    return sorted(remarks)
+
+
+@contextmanager
+def patched(model: nn.Module) -> Iterator[Report]:
+    """`with fastft.patched(model) as report:` patches for the block's duration."""
+    report = patch(model)
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+class _Patcher:
+    """One walk over a model. What is recognised once per class and size is not tried again."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.known: dict = {}
+
+    def run(self, model: nn.Module) -> None:
+        from fastft.patch import causal_lm, gated_mlp, lora, norm
+
+        modules = list(model.modules())
+        for module in modules:
+            if norm.is_candidate(module):
+                self.try_swap(module, "norm", norm, lambda options: options.raw)
+            elif gated_mlp.is_candidate(module):
+                self.try_swap(module, "gated_mlp", gated_mlp, lambda options: "gated_mlp")
+            elif lora.is_candidate(module):
+                self.swap_lora(module)
+            elif _is_lora(module):
+                self.report.leave(module, "a LoRA layer over no linear base: PEFT's own path")
+        for module in modules:
+            if _is_pretrained(module) and not causal_lm.is_candidate(module):
+                self.swap_base(module)
+        for module in modules:
+            if causal_lm.is_candidate(module):
+                self.try_swap(
+                    module, "linear_cross_entropy", causal_lm, lambda _: "linear_cross_entropy"
+                )
+
+    def try_swap(self, module: nn.Module, operator: str, room, raw: Callable) -> None:
+        """Swaps one module by the rules of a file of this folder, if they recognise it."""
+        record = swap_of(module)
+        if record is not None:
+            record.active = True
+            self.report.add(module, operator, raw(record.options))
+            return
+        reason = _untouchable(module)
+        if reason is None:
+            try:
+                options = self.recognise(module, room)
+            except Unlike as unlike:
+                reason = str(unlike)
+        if reason is not None:
+            self.report.leave(module, reason)
+            return
+        swap(module, operator, room.forward, options)
+        self.report.add(module, operator, raw(options))
+
+    def recognise(self, module: nn.Module, room):
+        """room.recognise, asked once for modules of one class, sizes and settings."""
+        settings = tuple(
+            (k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool))
+        )
+        key = (room.__name__, type(module), settings, _sizes(module))
+        if key not in self.known:
+            try:
+                self.known[key] = room.recognise(module)
+            except Unlike as unlike:
+                self.known[key] = unlike
+        if isinstance(self.known[key], Unlike):
+            raise self.known[key]
+        return self.known[key]
+
+    def swap_lora(self, module: nn.Module) -> None:
+        from fastft.patch import lora
+
+        reason = _untouchable(module) or lora.why_not(module)
+        # PEFT's state may change later, so the swap is put in and asks at every call.
+        if swap_of(module) is None and not has_own_forward(module):
+            swap(module, "lora", lora.forward)
+        if reason is None:
+            self.report.add(module, "lora", "lora")
+        else:
+            self.report.leave(module, reason)
+
+    def swap_base(self, module: nn.Module) -> None:
+        """Attention, rotary embeddings and padding of one base model."""
+        from fastft.patch import attention, padding
+
+        if _untouchable(module) is not None or not hasattr(module, "get_input_embeddings"):
+            return
+        self.swap_attention(module)
+        for child in module.modules():
+            if attention.is_candidate(child):
+                self.try_swap(child, "rotary", attention, lambda _: "rotary")
+        if module.config._attn_implementation != attention.NAME or swap_of(module) is not None:
+            if swap_of(module) is not None:
+                self.report.add(module, "padding", "left out of training batches")
+            return
+        swap(module, "padding", padding.forward)
+        try:
+            padding.confirm(module)
+        except Unlike as unlike:
+            undo(module)
+            self.report.leave(module, str(unlike))
+        else:
+            self.report.add(module, "padding", "left out of training batches")
+
+    def swap_attention(self, module: nn.Module) -> None:
+        from fastft.patch import attention
+
+        config = module.config
+        before = config._attn_implementation
+        if before not in ("sdpa", "eager", attention.NAME):
+            self.report.leave(module, f"attention kept: {before} was asked for")
+            return
+        if not module._can_set_attn_implementation():
+            self.report.leave(module, "attention kept: the class has one of its own")
+            return
+        attention.register()
+        for child in module.modules():
+            if getattr(child, "config", None) is config and hasattr(child, "is_causal"):
+                child._fastft_attention = True
+                self.report.add(child, "attention", "attention")
+        if before != attention.NAME:
+            module._fastft_attention_before = before
+            config._attn_implementation_internal = attention.NAME
+
+
+def _sizes(module: nn.Module) -> tuple:
+    return tuple((name, tuple(p.shape)) for name, p in module._parameters.items() if p is not None)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    layers = sys.modules.get("peft.tuners.lora.layer")
+    return layers is not None and isinstance(module, layers.LoraLayer)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def _untouchable(module: nn.Module) -> str | None:
+    """Why a module cannot be tried or swapped as it stands."""
+    if has_own_forward(module):
+        return "its forward was replaced by somebody else"
+    if getattr(module, "use_kernels", False):
+        return "use_kernels is on: transformers would put its own kernels back"
+    for parameter in module.parameters(recurse=False):
+        if parameter.is_meta:
+            return "on the meta device"
+        if hasattr(parameter, "ds_id"):
+            return "sharded by ZeRO-3"
+    return None

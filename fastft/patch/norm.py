@@ -1,0 +1,84 @@
+"""Swaps norms: RMSNorm of either kind and LayerNorm, recognised by what they compute."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.norm import layer_norm, rms_norm
+from fastft.patch.confirm import Unlike, confirm, stand_in
+from fastft.patch.swap import original_forward
+
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Which norm a module is."""
+
+    raw: str  # dispatcher name
+    eps: float
+    offset: float = 0.0
+    # The class gives the wider dtype of input and weight; the operator keeps the input's.
+    promotes: bool = False
+
+
+def _compute(options: Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if options.raw == "layer_norm":
+        return layer_norm(x, weight, bias, options.eps)
+    return rms_norm(x, weight, options.eps, offset=options.offset)
+
+
+def forward(module: nn.Module, x: Tensor) -> Tensor:
+    options = module._fastft_swap.options
+    weight = module.weight
+    if (options.promotes and x.dtype != weight.dtype) or (
+        options.raw == "layer_norm" and torch.is_autocast_enabled(x.device.type)
+    ):
+        return original_forward(module)(x)
+    return _compute(options, x, weight, getattr(module, "bias", None))
+
+
+def is_candidate(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.dim() == 1
+        and set(module._parameters) <= {"weight", "bias"}
+        and not module._modules
+        and any(isinstance(getattr(module, name, None), float) for name in _EPS_NAMES)
+        and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    )
+
+
+def recognise(module: nn.Module) -> Norm:
+    """Which norm this is; Unlike if none."""
+    eps = next(v for n in _EPS_NAMES if isinstance(v := getattr(module, n, None), float))
+    # LayerNorm fixes its size in an attribute, so the stand-in keeps the module's.
+    size = module.weight.shape[0]
+    has_bias = module._parameters.get("bias") is not None
+    weight = nn.Parameter(torch.linspace(-0.5, 1.5, size))
+    bias = nn.Parameter(torch.linspace(1, -1, size)) if has_bias else None
+    names = {"weight": weight, "bias": bias} if "bias" in module._parameters else {"weight": weight}
+    probe = stand_in(module, names, {})
+    x = torch.linspace(-2, 3, 3 * size).sin().view(1, 3, size) * 2
+    kinds = [Norm("layer_norm", eps)]
+    if not has_bias:
+        kinds = [Norm("rms_norm", eps), Norm("rms_norm", eps, offset=1.0), *kinds]
+    for kind in kinds:
+
+        def replacement(x, kind=kind):
+            return _compute(kind, x, weight, bias)
+
+        try:
+            confirm(lambda x: type(module).forward(probe, x), replacement, [x])
+        except Unlike as unlike:
+            reason = unlike
+            continue
+        half = (
+            type(module).forward(probe, x[..., :size].bfloat16()).dtype
+            if kind.raw == "rms_norm"
+            else None
+        )
+        return Norm(kind.raw, eps, kind.offset, promotes=half is not torch.bfloat16)
+    raise reason

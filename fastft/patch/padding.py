@@ -1,0 +1,207 @@
+"""Runs a base model on the real tokens of a padded batch only, and gives back the padded shapes.
+
+The tokens of all rows are laid end to end as one row, (1, tokens); attention is kept apart by
+`cu_seqlens`, positions are those the tokens had in their rows. Outputs at padded places are zero.
+"""
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastft.patch.confirm import Unlike, relative, undisturbed
+from fastft.patch.swap import original_forward, swap_of, switched_off
+
+_state = threading.local()
+
+
+def is_packed() -> bool:
+    """Whether a packed forward is running in this thread: then no mask is wanted."""
+    return getattr(_state, "packed", False)
+
+
+@contextmanager
+def _packed() -> Iterator[None]:
+    before, _state.packed = is_packed(), True
+    try:
+        yield
+    finally:
+        _state.packed = before
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a (batch, length) batch lie."""
+
+    batch: int
+    length: int
+    places: Tensor  # (tokens,) into the flattened batch
+    cu_seqlens: Tensor  # (batch + 1,) int32
+    longest: int
+
+    @staticmethod
+    def of(attention_mask: Tensor) -> "Packing | None":
+        """None if there is nothing to leave out, or nothing left."""
+        real = attention_mask.bool()
+        places = real.flatten().nonzero().flatten()
+        if places.numel() in (0, real.numel()):
+            return None
+        lengths = real.sum(1, dtype=torch.int32)
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return Packing(*real.shape, places, cu_seqlens, int(lengths.max()))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(batch, length, …) -> (1, tokens, …)"""
+        return x.flatten(0, 1)[self.places.to(x.device)][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(1, tokens, …) -> (batch, length, …), zero where there was padding."""
+        out = x.new_zeros(self.batch * self.length, *x.shape[2:])
+        return out.index_copy(0, self.places, x[0]).view(self.batch, self.length, *x.shape[2:])
+
+    def has_gaps(self) -> bool:
+        """Padding between the tokens of a row, which would shorten distances when left out."""
+        row = self.places // self.length
+        return bool(((row[1:] == row[:-1]) & (self.places.diff() != 1)).any())
+
+    def columns(self) -> Tensor:
+        """(1, tokens): the position each token had in its row."""
+        return (self.places % self.length)[None]
+
+
+def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a forward by name, with those of its own **kwargs among them."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    named = dict(list(bound.items())[1:])
+    for name, parameter in inspect.signature(type(module).forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    return named
+
+
+def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packing | None:
+    """How to leave the padding out of this call; None if it must run as it is.
+
+    keeps_cache: whether a call that does not say wants a key-value cache back.
+    """
+    mask = arguments.get("attention_mask")
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    config = module.config
+    if (
+        not isinstance(mask, Tensor)
+        or not isinstance(tokens, Tensor)
+        or mask.dim() != 2
+        or mask.shape != tokens.shape[:2]
+        or arguments.get("past_key_values") is not None
+        or (arguments.get("use_cache") if "use_cache" in arguments else keeps_cache)
+        or arguments.get("cu_seq_lens_q") is not None
+        or torch.compiler.is_compiling()
+        or _asks(arguments, config, "output_attentions")
+        or _asks(arguments, config, "output_hidden_states")
+        or any(
+            isinstance(value, Tensor) and not _is_per_token(name, value, mask)
+            for name, value in arguments.items()
+        )
+    ):
+        return None
+    packing = Packing.of(mask)
+    if packing is not None and getattr(config, "sliding_window", None) and packing.has_gaps():
+        return None
+    return packing
+
+
+def _asks(arguments: dict, config, name: str) -> bool:
+    asked = arguments.get(name)
+    return bool(getattr(config, name, False) if asked is None else asked)
+
+
+def _is_per_token(name: str, value: Tensor, mask: Tensor) -> bool:
+    if name == "position_ids" and value.dim() == 2 and value.shape[0] == 1:
+        return value.shape[1] == mask.shape[1]
+    return value.shape[:2] == mask.shape or value.dim() == 0 or name == "logits_to_keep"
+
+
+def run_packed(base, packing: Packing, arguments: dict):
+    """base(**arguments) on the real tokens: its output, packed, (1, tokens, hidden)."""
+    packed = {}
+    for name, value in arguments.items():
+        if name == "position_ids" and value is not None:
+            value = value.expand(packing.batch, -1)
+        is_token = isinstance(value, Tensor) and value.dim() >= 2
+        packed[name] = packing.pack(value) if is_token else value
+    packed["attention_mask"] = None
+    packed["use_cache"] = False
+    if packed.get("position_ids") is None:
+        packed["position_ids"] = packing.columns()
+    packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = packing.cu_seqlens
+    packed["max_length_q"] = packed["max_length_k"] = packing.longest
+    with _packed():
+        return base(**packed)
+
+
+def forward(module: nn.Module, *args, **kwargs):
+    arguments = bind(module, args, kwargs)
+    packing = None
+    if not is_packed() and arguments.get("return_dict") is not False:
+        packing = packing_for(module, arguments, keeps_cache=not module.training)
+    if packing is None:
+        return original_forward(module)(*args, **kwargs)
+    output = run_packed(original_forward(module), packing, arguments)
+    output.last_hidden_state = packing.unpack(output.last_hidden_state)
+    return output
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def confirm(module: nn.Module) -> None:
+    """Raises Unlike unless the base model gives for packed rows what it gives for padded ones.
+
+    Runs the patched module itself, on a few tokens, without gradients. That no row sees another is
+    held to the bit: one row's output must not move when the other row's tokens change.
+    """
+    vocabulary = module.get_input_embeddings().weight.shape[0]
+    device = module.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens():
+        return torch.randint(0, vocabulary, (2, 7), generator=generator).to(device)
+
+    first, second = tokens(), tokens()
+    second[0] = first[0]
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7], device=device)
+    packing = Packing.of(mask)
+    with undisturbed(), torch.no_grad(), _evaluating(module):
+        try:
+            with switched_off(module):
+                wanted = (
+                    type(module)
+                    .forward(module, input_ids=first, attention_mask=mask, use_cache=False)
+                    .last_hidden_state
+                )
+            record = swap_of(module)
+            before, record.active = record.active, True
+            got = forward(module, input_ids=first, attention_mask=mask, use_cache=False)
+            other = forward(module, input_ids=second, attention_mask=mask, use_cache=False)
+            record.active = before
+        except Exception as error:  # an architecture may need arguments we do not know
+            raise Unlike(f"padding kept: {type(error).__name__}: {error}") from error
+    if not torch.equal(got.last_hidden_state[0], other.last_hidden_state[0]):
+        raise Unlike("padding kept: rows laid end to end would see each other")
+    worst = relative(packing.pack(got.last_hidden_state), packing.pack(wanted))
+    if not worst <= (1e-4 if wanted.dtype == torch.float32 else 5e-2):
+        raise Unlike(f"padding kept: leaving it out changes the result ({worst:.2g})")

@@ -1,0 +1,106 @@
+"""One swapped `forward`: bound to the instance, undone exactly, passed through when switched off.
+
+Nothing but the instance changes: its `forward` attribute and one attribute of ours, `_fastft_swap`,
+which travel with `copy.deepcopy` and stay out of `state_dict`. Classes are never touched.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(eq=False)
+class Swap:
+    """What runs in place of an instance's forward, and what ran before."""
+
+    operator: str
+    replacement: Callable  # replacement(module, *args, **kwargs)
+    options: Any = None
+    original: Callable | None = None  # a forward the instance had of its own; None: its class's
+    active: bool = True
+
+
+@functools.cache
+def _trampoline(cls: type) -> Callable:
+    """A forward of the class's signature: Trainer and generate read it to learn the arguments."""
+
+    def forward(self, *args, **kwargs):
+        swap = self._fastft_swap
+        if swap.active:
+            return swap.replacement(self, *args, **kwargs)
+        return original_forward(self)(*args, **kwargs)
+
+    # Not functools.wraps: accelerate unwinds __wrapped__ and would drop the swap.
+    forward.__signature__ = inspect.signature(cls.forward)
+    return forward
+
+
+def swap(module: nn.Module, operator: str, replacement: Callable, options: Any = None) -> None:
+    """Puts replacement(module, …) in place of the instance's forward."""
+    module._fastft_swap = Swap(operator, replacement, options, module.__dict__.get("forward"))
+    module.forward = MethodType(_trampoline(type(module)), module)
+
+
+def swap_of(module: nn.Module) -> Swap | None:
+    return module.__dict__.get("_fastft_swap")
+
+
+def original_forward(module: nn.Module) -> Callable:
+    """The forward that ran before the swap, bound to this module."""
+    before = module._fastft_swap.original
+    return before if before is not None else MethodType(type(module).forward, module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Somebody, and not we, has replaced this instance's forward."""
+    return "forward" in module.__dict__ and not _is_ours(module)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "__func__", None) is _trampoline(type(module))
+
+
+def undo(module: nn.Module) -> str | None:
+    """Gives the forward back; where others have stacked theirs on top, only switches ours off."""
+    record = swap_of(module)
+    if record is None:
+        return None
+    if not _is_ours(module):
+        record.active = False
+        return "its forward was wrapped again after patching: switched off rather than removed"
+    if record.original is None:
+        del module.forward
+    else:
+        module.forward = record.original
+    del module._fastft_swap
+    return None
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Runs the original computation inside the block, then the patched one again."""
+    records = [r for r in map(swap_of, model.modules()) if r is not None and r.active]
+    try:
+        for record in records:
+            record.active = False
+        yield
+    finally:
+        for record in records:
+            record.active = True
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Hooks run only through `module(...)`: a swap that reads its weights would leave them out."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
