@@ -89,8 +89,8 @@ def gated_mlp(
 ) -> Tensor:
     """h = act(gate) * up, with act "silu", "gelu" (exact, by erf) or "gelu_tanh".
 
-    Args: gate and up share one shape and dtype (float32, bfloat16, float16, float64); the two halves
-    of one tensor, as `chunk(2, -1)` gives them, are read where they lie.
+    Args: gate and up share one shape and dtype (float32, bfloat16, float16, float64); the two
+    halves of one tensor, as `chunk(2, -1)` gives them, are read where they lie.
     Returns: h, contiguous, with their shape and dtype.
     Raises: ValueError or TypeError that names the argument.
     """

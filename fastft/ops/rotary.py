@@ -132,11 +132,11 @@ def rotary(
     """q and k turned by their tokens' angles, as transformers' `apply_rotary_pos_emb`.
 
     Args: `unsqueeze_dim` is the dimension of the heads: 2 for q and k as (batch, tokens, heads,
-    head_dim). rotary_dim may be less than head_dim; the tail then passes through. q and k share one
-    dtype; cos and sin may have others. cos and sin get no gradient: they are functions of positions.
-    Returns: q and k turned, in their own dtype. (Where transformers is given cos in float32 and q in
-    bfloat16, it returns float32; its models cast cos to the dtype of q first.) Each is dense, in
-    its input's order of heads and tokens in memory.
+    head_dim). rotary_dim may be less than head_dim; the tail then passes through. q and k share
+    one dtype; cos and sin may have others, and get no gradient: they are functions of positions.
+    Returns: q and k turned, in their own dtype. (Given cos in float32 and q in bfloat16,
+    transformers' function returns float32; its models cast cos to the dtype of q first.) Each is
+    dense, in its input's order of heads and tokens in memory.
     Raises: ValueError or TypeError that names the argument.
     """
     _check(q, k, cos, sin, unsqueeze_dim)
