@@ -89,7 +89,7 @@ def test_results_and_gradients_lie_as_the_inputs_do():
     q, k, (cos, sin) = heads(2, 3, 5, 8), heads(2, 2, 5, 8), angles(1, 5, 8)
     for x, y in zip((q, k), rotary(q, k, cos, sin), strict=True):
         assert y.stride() == x.stride()
-        (dx,) = torch.autograd.grad(y, x, torch.randn(y.shape))
+        (dx,) = torch.autograd.grad(y, x, torch.randn(y.shape), retain_graph=True)
         assert dx.transpose(1, 2).is_contiguous()
     q, k = q.detach().contiguous(), k.detach().contiguous()
     assert [y.stride() for y in rotary(q, k, cos, sin)] == [q.stride(), k.stride()]
