@@ -106,4 +106,7 @@ def gated_mlp(
         raise ValueError(
             f"up: expected shape {tuple(gate.shape)} as gate has, got {tuple(up.shape)}"
         )
-    return _GatedMlp.apply(gate, up, activation)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GatedMlp.apply(gate, up, activation)
+    # Decoding makes thousands of small calls, which the autograd Function would slow twofold.
+    return _gated_mlp(gate, up, activation)
