@@ -21,22 +21,21 @@ struct Silu {
 };
 
 struct Gelu {
-  static Vec cdf(Vec x) { return 0.5f + 0.5f * erf(x * 0.70710678118654752f); }
-  static Vec act(Vec x) { return x * cdf(x); }
+  static Vec act(Vec x) { return x * normal(x).cdf; }
   static Value both(Vec x) {
-    Vec p = cdf(x), density = exp(-0.5f * x * x) * 0.39894228040143268f;
-    return {x * p, fma(x, density, p)};
+    Normal n = normal(x);
+    return {x * n.cdf, fma(x, n.density, n.cdf)};
   }
 };
 
+// (1 + tanh u) / 2 = sigmoid(2u), which keeps its digits where tanh u + 1 cancels.
 struct GeluTanh {
-  static constexpr float kScale = 0.79788456080286536f, kCubic = 0.044715f;  // sqrt(2 / pi)
-  static Vec turned(Vec x) { return tanh(kScale * x * fma(kCubic * x, x, broadcast(1.f))); }
-  static Vec act(Vec x) { return x * fma(broadcast(0.5f), turned(x), broadcast(0.5f)); }
+  static constexpr float kScale = 1.59576912160573072f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
+  static Vec gate(Vec x) { return sigmoid(x * fma(kScale * kCubic * x, x, broadcast(kScale))); }
+  static Vec act(Vec x) { return x * gate(x); }
   static Value both(Vec x) {
-    Vec t = turned(x), p = fma(broadcast(0.5f), t, broadcast(0.5f));
-    Vec inner = kScale * fma(3.f * kCubic * x, x, broadcast(1.f));
-    return {x * p, fma(0.5f * x * (1.f - t * t), inner, p)};
+    Vec s = gate(x), inner = fma(3.f * kScale * kCubic * x, x, broadcast(kScale));
+    return {x * s, fma(x * s * (1.f - s), inner, s)};
   }
 };
 

@@ -89,8 +89,8 @@ def gated_mlp(
 ) -> Tensor:
     """h = act(gate) * up, with act "silu", "gelu" (exact, by erf) or "gelu_tanh".
 
-    Args: gate and up share one shape and dtype (float32, bfloat16, float16, float64); the two halves
-    of one tensor, as `chunk(2, -1)` gives them, are read where they lie.
+    Args: gate and up share one shape and dtype (float32, bfloat16, float16, float64); the two
+    halves of one tensor, as `chunk(2, -1)` gives them, are read where they lie.
     Returns: h, contiguous, with their shape and dtype.
     Raises: ValueError or TypeError that names the argument.
     """
@@ -106,4 +106,7 @@ def gated_mlp(
         raise ValueError(
             f"up: expected shape {tuple(gate.shape)} as gate has, got {tuple(up.shape)}"
         )
-    return _GatedMlp.apply(gate, up, activation)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GatedMlp.apply(gate, up, activation)
+    # Decoding makes thousands of small calls, which the autograd Function would slow twofold.
+    return _gated_mlp(gate, up, activation)

@@ -88,31 +88,23 @@ class _Rotary(torch.autograd.Function):
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_axis: int) -> None:
     if head_axis not in (1, 2):
         raise ValueError(f"unsqueeze_dim: expected 1 or 2, got {head_axis}")
-    if q.dim() != 4:
-        raise ValueError(f"q: expected four dimensions, got shape {tuple(q.shape)}")
     for name, x in (("q", q), ("cos", cos), ("sin", sin)):
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if k.dtype != q.dtype:
         raise TypeError(f"k: expected {q.dtype} as q has, got {k.dtype}")
-    batch, tokens, head_dim = q.shape[0], q.shape[3 - head_axis], q.shape[3]
-    if k.dim() != 4 or (k.shape[0], k.shape[3 - head_axis], k.shape[3]) != (
-        batch,
-        tokens,
-        head_dim,
-    ):
+    q_shape, k_shape, shape = q.shape, k.shape, cos.shape
+    if len(q_shape) != 4:
+        raise ValueError(f"q: expected four dimensions, got shape {tuple(q_shape)}")
+    batch, tokens, head_dim = q_shape[0], q_shape[3 - head_axis], q_shape[3]
+    alike = len(k_shape) == 4 and k_shape[0] == batch and k_shape[3] == head_dim
+    if not alike or k_shape[3 - head_axis] != tokens:
         raise ValueError(
             f"k: expected the shape of q but for the heads (dimension {head_axis}), "
-            f"{tuple(q.shape)}, got {tuple(k.shape)}"
+            f"{tuple(q_shape)}, got {tuple(k_shape)}"
         )
-    shape = cos.shape
-    if (
-        len(shape) != 3
-        or shape[0] not in (1, batch)
-        or shape[1] != tokens
-        or shape[2] > head_dim
-        or shape[2] % 2
-    ):
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] == tokens
+    if not fits or shape[2] > head_dim or shape[2] % 2:
         raise ValueError(
             f"cos: expected shape ({batch} or 1, {tokens}, an even rotary_dim up to {head_dim}), "
             f"got {tuple(shape)}"
@@ -132,12 +124,15 @@ def rotary(
     """q and k turned by their tokens' angles, as transformers' `apply_rotary_pos_emb`.
 
     Args: `unsqueeze_dim` is the dimension of the heads: 2 for q and k as (batch, tokens, heads,
-    head_dim). rotary_dim may be less than head_dim; the tail then passes through. q and k share one
-    dtype; cos and sin may have others. cos and sin get no gradient: they are functions of positions.
-    Returns: q and k turned, in their own dtype. (Where transformers is given cos in float32 and q in
-    bfloat16, it returns float32; its models cast cos to the dtype of q first.) Each is dense, in
-    its input's order of heads and tokens in memory.
+    head_dim). rotary_dim may be less than head_dim; the tail then passes through. q and k share
+    one dtype; cos and sin may have others, and get no gradient: they are functions of positions.
+    Returns: q and k turned, in their own dtype. (Given cos in float32 and q in bfloat16,
+    transformers' function returns float32; its models cast cos to the dtype of q first.) Each is
+    dense, in its input's order of heads and tokens in memory.
     Raises: ValueError or TypeError that names the argument.
     """
     _check(q, k, cos, sin, unsqueeze_dim)
-    return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
+    # Decoding makes thousands of small calls, which the autograd Function would slow.
+    return _rotary(q, k, cos, sin, unsqueeze_dim)
