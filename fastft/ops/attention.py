@@ -117,9 +117,11 @@ def _attention(query, key, value, cu_q, cu_k, seed, *options):
 @operator(
     "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out,"
     " Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, float scale, bool causal,"
-    " int window, float softcap, float dropout) -> (Tensor dq, Tensor dk, Tensor dv)"
+    " int window, float softcap, float dropout, bool query_grad, bool key_grad, bool value_grad)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *options):
+def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *rest):
+    options, needed = rest[:5], rest[5:]
     scale, _, _, softcap, dropout = options
     groups = (key.shape[1], query.shape[1] // key.shape[1])
     scores, seen = _scores(query, key, cu_q, cu_k, options)
@@ -138,7 +140,10 @@ def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *op
     ds = ds * scale
     dq = torch.einsum("hgqk,khd->qhgd", ds, key.to(wide)).flatten(1, 2)
     dk = torch.einsum("hgqk,qhgd->khd", ds, query.to(wide).unflatten(1, groups))
-    return tuple(grad.to(query.dtype).contiguous() for grad in (dq, dk, dv))
+    return tuple(
+        grad.to(query.dtype).contiguous() if need else query.new_empty(0)
+        for grad, need in zip((dq, dk, dv), needed, strict=True)
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -153,8 +158,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        grads = _attention_backward(_rows(dout), *ctx.saved_tensors, *ctx.options)
         needed = ctx.needs_input_grad[:3]
+        grads = _attention_backward(_rows(dout), *ctx.saved_tensors, *ctx.options, *needed)
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 4
 
 
@@ -269,7 +274,3 @@ def attention(
     query, key, value = (_rows(x) for x in (query, key, value))
     cu_q = cu_seqlens_q.to(query.device)
     return _Attention.apply(query, key, value, cu_q, cu_seqlens_k, drawn, options)
-
-
-# The CPU registration needs the operators above.
-from fastft.ops import attention_cpu  # noqa: E402, F401
