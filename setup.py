@@ -2,10 +2,13 @@
 
 csrc/*.cpp speak PyTorch's stable ABI, so one binary serves every torch from 2.11 on; csrc/cpu/*.cpp
 are torch-free and compiled once per instruction set. Without a compiler the package installs
-pure-Python, and `fastft doctor` says so.
+pure-Python, and `fastft doctor` says so. CXX, CFLAGS, CXXFLAGS and LDFLAGS are honoured.
 """
 
+import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 # 2.11.0, in the form the stable headers want it.
 TORCH_ABI = "0x020b000000000000"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -23,81 +26,80 @@ if X86:
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq"))]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-g0"]
 DEFINES = ["-DFASTFT_X86"] if X86 else []
-
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ImportError:
-    if "bdist_wheel" in sys.argv or "build_ext" in sys.argv or "editable_wheel" in sys.argv:
-        sys.exit(
-            "fastft builds against the torch you use: install torch >= 2.11 first, then run "
-            "`pip install --no-build-isolation .`"
-        )
-    torch = cpp_extension = None
+# Asking for metadata or a source distribution needs neither torch nor a compiler.
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
 
-def compile_kernels(compiler: str, folder: Path) -> list[str]:
+def files(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
+def compile_kernels(compiler: list[str], folder: Path) -> list[str]:
     """Compiles every torch-free kernel file once per instruction set; returns the objects."""
-    headers = max(p.stat().st_mtime for p in ROOT.glob("csrc/cpu/*.h"))
+    shared = max(os.path.getmtime(p) for p in (*files("csrc/cpu/*.h"), "setup.py"))
     folder.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(job: tuple[Path, str]) -> str:
+    def compile_one(job: tuple[str, str]) -> str:
         source, isa = job
-        out = folder / f"{source.stem}.{isa}.o"
-        if not out.exists() or out.stat().st_mtime < max(headers, source.stat().st_mtime):
+        out = folder / f"{Path(source).stem}.{isa}.o"
+        if not out.exists() or out.stat().st_mtime < max(shared, os.path.getmtime(source)):
             flags = [*CXX_FLAGS, *ISA_FLAGS[isa], *DEFINES, f"-DFASTFT_ISA={isa}", "-fPIC"]
-            subprocess.check_call([compiler, *flags, "-c", str(source), "-o", str(out)])
+            asked = shlex.split(os.environ.get("CXXFLAGS", ""))
+            subprocess.check_call([*compiler, *flags, *asked, "-c", source, "-o", str(out)])
         return str(out)
 
-    jobs = [(source, isa) for source in sorted(ROOT.glob("csrc/cpu/*.cpp")) for isa in ISA_FLAGS]
+    jobs = [(source, isa) for source in files("csrc/cpu/*.cpp") for isa in ISA_FLAGS]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(compile_one, jobs))
 
 
-def extension_and_command():
-    sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*.cpp"))
+def extension_and_command(cpp_extension) -> dict:
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    if shutil.which(compiler[0]) is None:
+        print(
+            f"fastft: no C++ compiler ({compiler[0]}): installing without CPU kernels. "
+            "`fastft doctor` shows what is missing.",
+            file=sys.stderr,
+        )
+        return {}
     extension = cpp_extension.CppExtension(
         "fastft._C",
-        sources,
-        # pybind11 is a build requirement where torch does not ship its headers.
+        files("csrc/*.cpp"),
         extra_compile_args=[
             *CXX_FLAGS,
             *DEFINES,
             f"-DTORCH_TARGET_VERSION={TORCH_ABI}",
             f'-DFASTFT_TORCH_ABI="{TORCH_ABI}"',
             "-fvisibility=hidden",
-        ],  # fmt: skip
+        ],
         extra_link_args=["-fopenmp"],
         # setuptools sees only these when it asks whether a rebuild is due.
-        depends=[str(p) for p in (*ROOT.glob("csrc/**/*.*"), ROOT / "setup.py")],
+        depends=[*files("csrc/**/*.*"), "setup.py"],
     )
 
     class BuildExtension(cpp_extension.BuildExtension):
         def build_extensions(self):
-            compiler = cpp_extension.get_cxx_compiler()
-            self.extensions[0].extra_objects = compile_kernels(
-                compiler, Path(self.build_temp).resolve() / "kernels"
-            )
+            folder = Path(self.build_temp).resolve() / "kernels"
+            self.extensions[0].extra_objects = compile_kernels(compiler, folder)
             super().build_extensions()
 
-    return [extension], {"build_ext": BuildExtension.with_options(use_ninja=True)}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-def has_compiler() -> bool:
-    compiler = cpp_extension.get_cxx_compiler()
+def native_parts() -> dict:
+    if not BUILDS.intersection(sys.argv):
+        return {}
+    needed = "install torch 2.11 or later first, then run `pip install --no-build-isolation .`"
     try:
-        subprocess.check_output([compiler, "--version"], stderr=subprocess.STDOUT)
-    except (OSError, subprocess.CalledProcessError):
-        print(
-            f"fastft: no C++ compiler ({compiler}): installing without CPU kernels. "
-            "`fastft doctor` shows what is missing.",
-            file=sys.stderr,
-        )
-        return False
-    return True
+        import torch
+        from torch.utils import cpp_extension
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        sys.exit(f"fastft builds against the torch you use, and this environment has none: {needed}")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+        sys.exit(f"fastft does not work with torch {torch.__version__}: {needed}")
+    return extension_and_command(cpp_extension)
 
 
-extensions, commands = [], {}
-if torch is not None and has_compiler():
-    extensions, commands = extension_and_command()
-setup(ext_modules=extensions, cmdclass=commands)
+setup(**native_parts())

@@ -1,0 +1,71 @@
+# `make demo` and `make test` need Python 3.11 or later, a C++ compiler and a package index.
+# The rest is made in .venv, once; stamps there tell what is already done.
+PYTHON ?= python3
+# PyTorch to install: the plain name `torch` would bring gigabytes of CUDA on Linux.
+TORCH ?= torch==2.13.0
+# Arguments passed on: make demo ARGS="--steps 4", make test ARGS=tests/ops
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Another TORCH is another stamp, so changing it installs again.
+TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: help setup demo test bench lint sanitize clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS=… is passed on"
+
+setup: $(BUILT)  ## create .venv, install torch and fastft into it, compile the kernels
+
+demo: $(BUILT)  ## fine-tune a real model with and without fastft, and compare
+	$(VENV)/bin/fastft demo $(ARGS)
+
+test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
+	$(PY) -m pytest $(ARGS)
+
+bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
+	$(PY) -m pytest bench $(ARGS)
+
+lint: $(BUILT)  ## check the style
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  v < (3, 11) and sys.exit("fastft needs Python 3.11 or later, $(PYTHON) is %d.%d: make PYTHON=…" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install "setuptools>=77" ninja
+	@rm -f $(VENV)/.torch-*
+	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@
+
+# The constraint keeps dependencies from replacing the torch chosen above.
+$(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py
+	$(PY) -m pip install --constraint $(TORCH_STAMP) --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# A copy of the package with instrumented kernels, beside the one in use.
+SANITIZED := build/sanitized
+SANITIZE_FLAGS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined \
+  -fno-omit-frame-pointer -g -O1
+sanitize: $(BUILT)  ## run the operators' tests under the address and undefined-behaviour sanitizers
+	CC="$${CC:-gcc}" CXX="$${CXX:-g++}" CFLAGS="$(SANITIZE_FLAGS)" CXXFLAGS="$(SANITIZE_FLAGS)" \
+	  LDFLAGS="-fsanitize=address,undefined" \
+	  $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(PY) -P -m pytest tests/ops -k "not compile" -p no:cacheprovider \
+	  -o pythonpath="tests $(SANITIZED)/lib" $(ARGS)
+
+clean:  ## remove what was built and installed here
+	rm -rf $(VENV) .venv-wheel build dist *.egg-info fastft/*.so
