@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastft.library import autocast_dtype, operator, rows_of
+from fastft.library import autocast_dtype, implement, operator, rows_of
 from fastft.ops import gemm
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum, wide_dtype
 
@@ -113,6 +113,11 @@ def _lora_backward_adapters(x, dys, us, xas, masks, scales, keep_scales):
     return da, db
 
 
+# A composition already, whose parts the dispatcher chooses: the same function serves the CPU.
+for _op in (_lora, _lora_backward_input, _lora_backward_adapters):
+    implement(_op, "CPU", "C++ and PyTorch's products")(_op.reference)
+
+
 @dataclass(frozen=True)
 class _Group:
     """What is not a tensor of the linears that share one input."""
@@ -201,7 +206,7 @@ class _Lora(torch.autograd.Function):
         return None, dx if ctx.needs_input_grad[1] else None, *grads
 
 
-def _dropout_mask(x: Tensor, p: float) -> Tensor | None:
+def dropout_mask(x: Tensor, p: float) -> Tensor | None:
     """True where kept. Drawn as nn.Dropout draws, so a seed gives PEFT's mask on the CPU."""
     if p == 0.0:
         return None
@@ -250,7 +255,7 @@ def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tens
         out = each.weight.shape[1 if each.transposed else 0]
         a.append(rows.new_empty(0, rows.shape[1]) if each.a is None else each.a)
         b.append(rows.new_empty(out, 0) if each.b is None else each.b)
-    masks = [_dropout_mask(rows, each.dropout if each.a is not None else 0.0) for each in linears]
+    masks = [dropout_mask(rows, each.dropout if each.a is not None else 0.0) for each in linears]
     return rows, [*weights, *biases, *a, *b, *masks]
 
 
@@ -271,45 +276,3 @@ def lora(x: Tensor, linear: LoraLinear) -> Tensor:
     Under autocast and for errors, see `lora_shared`.
     """
     return lora_shared(x, (linear,))[0]
-
-
-class _LoraOnto(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, x, a, b, mask, scale, keep_scale):
-        # y: (tokens, out), x: (tokens, in)
-        xa = low_rank_dot(x, a, mask, keep_scale)
-        out = y.clone()
-        low_rank_add_(out, xa, b.t(), None, 1.0, scale)
-        ctx.save_for_backward(x, a, b, mask, xa)
-        ctx.scale, ctx.keep_scale = scale, keep_scale
-        return out
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, a, b, mask, xa = ctx.saved_tensors
-        _, x_grad, a_grad, b_grad, *_ = ctx.needs_input_grad
-        dy = rows_of(dy)
-        u = low_rank_dot(dy, b.t(), None, 1.0, ctx.scale)
-        dx = None
-        if x_grad:
-            dx = torch.zeros_like(x)
-            low_rank_add_(dx, u, a, mask, ctx.keep_scale)
-        da = low_rank_sum(x, u, mask, ctx.keep_scale).to(a.dtype) if a_grad else None
-        db = low_rank_sum(dy, xa, None, 1.0, ctx.scale).t().to(b.dtype) if b_grad else None
-        return dy, dx, da, db, None, None, None
-
-
-def lora_onto(y: Tensor, x: Tensor, linear: LoraLinear) -> Tensor:
-    """y + scale * dropout(x) A^T B^T, for a base product y (..., out) made elsewhere (4-bit, 8-bit).
-
-    linear.weight and linear.bias are not read. Returns a new tensor of y's dtype.
-    """
-    if linear.a is None:
-        return y
-    if y.shape[:-1] != x.shape[:-1] or y.shape[-1] != linear.b.shape[0]:
-        raise ValueError(f"y: expected {(*x.shape[:-1], linear.b.shape[0])}, got {tuple(y.shape)}")
-    rows = rows_of(x)
-    mask = _dropout_mask(rows, linear.dropout)
-    keep_scale = _Group.of((linear,)).keep_scales[0]
-    out = _LoraOnto.apply(rows_of(y), rows, linear.a, linear.b, mask, linear.scale, keep_scale)
-    return out.view(y.shape)

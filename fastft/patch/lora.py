@@ -8,7 +8,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fastft.ops.lora import LoraLinear, lora, lora_onto
+from fastft.ops.lora import LoraLinear, lora
+from fastft.ops.lora_onto import lora_onto
 from fastft.patch.swap import is_hooked, original_forward, swap_of
 
 

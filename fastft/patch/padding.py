@@ -157,7 +157,7 @@ def forward(module: nn.Module, *args, **kwargs):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     try:
         for module, _ in modes:
@@ -185,7 +185,7 @@ def confirm(module: nn.Module) -> None:
     second[0] = first[0]
     mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7], device=device)
     packing = Packing.of(mask)
-    with undisturbed(), torch.no_grad(), _evaluating(module):
+    with undisturbed(), torch.no_grad(), evaluating(module):
         try:
             with switched_off(module):
                 wanted = (

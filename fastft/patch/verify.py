@@ -1,12 +1,131 @@
-"""verify: original and patched computation side by side, on the user's own batch."""
+"""verify: the original and the patched computation side by side, on the user's own batch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastft.patch.confirm import undisturbed
+from fastft.patch.model import patch, unpatch
+from fastft.patch.padding import evaluating
+from fastft.patch.swap import swap_of, switched_off
+
+# Two orders of summation may differ by this much through a deep model, relative to the tensor.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
 class Verification:
-    pass
+    """What differs between original and patched on one batch; `print` shows it, `ok` judges it.
+
+    loss is relative; logits and gradients are the largest relative norm of a difference: of the
+    logits at real tokens, and of each trainable tensor's gradient.
+    """
+
+    loss: float
+    logits: float
+    gradients: dict[str, float] = field(default_factory=dict)
+    without_gradient: list[str] = field(default_factory=list)  # trainable, got none when patched
+    tolerance: float = 1e-3
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def worst_gradient(self) -> tuple[str, float]:
+        return max(self.gradients.items(), key=lambda item: item[1], default=("", 0.0))
+
+    @property
+    def ok(self) -> bool:
+        worst = max(self.loss, self.logits, self.worst_gradient[1])
+        return worst <= self.tolerance and not self.remarks
+
+    def __str__(self) -> str:
+        name, worst = self.worst_gradient
+        lines = [
+            f"loss        {self.loss:.2e}",
+            f"logits      {self.logits:.2e}",
+            f"gradients   {worst:.2e}  largest of {len(self.gradients)}" + f", {name}" * bool(name),
+        ]
+        lines += [f"no gradient: {name}" for name in self.without_gradient]
+        lines += self.remarks
+        lines.append(f"{'agrees' if self.ok else 'DIFFERS'} (relative, up to {self.tolerance:g})")
+        return "\n".join(lines)
+
+    __repr__ = __str__
 
 
-def verify(model, batch):
-    pass
+def verify(model: nn.Module, batch: Mapping) -> Verification:
+    """Runs model(**batch) as it was and as it is patched, and compares loss, logits, gradients.
+
+    Dropout is off and the random state, `.grad` and training mode are left as they were; a model
+    that is not patched is patched for the duration. The batch lies on the model's device; without
+    labels, a weighted sum of the logits stands for the loss.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch)}")
+    was_patched = any(swap_of(module) is not None for module in model.modules())
+    kept = {name: p.grad for name, p in model.named_parameters()}
+    if not was_patched:
+        patch(model)
+    try:
+        with undisturbed(), evaluating(model):
+            with switched_off(model):
+                wanted = _run(model, batch)
+            got = _run(model, batch)
+    finally:
+        if not was_patched:
+            unpatch(model)
+        for name, parameter in model.named_parameters():
+            parameter.grad = kept[name]
+    return _compare(model, batch, wanted, got)
+
+
+def _run(model: nn.Module, batch: Mapping) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    for parameter in model.parameters():
+        parameter.grad = None
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    scores = output.logits if "logits" in output else output[0]
+    if loss is None:
+        weights = torch.linspace(-1, 1, scores[0].numel(), device=scores.device)
+        loss = (scores.float() * weights.view_as(scores[0])).mean()
+    if loss.requires_grad:
+        loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        return loss.detach(), scores.detach(), grads
+
+
+def _compare(model, batch, wanted, got) -> Verification:
+    mask = batch.get("attention_mask")
+    logits, ours = wanted[1], got[1]
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
+        logits, ours = logits[mask.bool()], ours[mask.bool()]
+    dtypes = {p.dtype for p in model.parameters()}
+    result = Verification(
+        _relative(got[0], wanted[0]),
+        _relative(ours, logits),
+        tolerance=max(_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes),
+    )
+    largest = max((g.norm().item() for g in wanted[2].values()), default=0.0)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        before, now = wanted[2].get(name), got[2].get(name)
+        if now is None:
+            result.without_gradient.append(name)
+        if (before is None) != (now is None):
+            which = "the original has" if now is None else "the patched model has"
+            result.remarks.append(f"{name}: only {which} a gradient")
+        elif before is not None:
+            # A gradient that is zero but for rounding has no relative error worth telling.
+            scale = max(before.norm().item(), 1e-6 * largest)
+            gap = (now.double() - before.double()).norm().item()
+            result.gradients[name] = gap / scale if scale else gap
+    return result
+
+
+def _relative(ours: Tensor, wanted: Tensor) -> float:
+    gap = (ours.double() - wanted.double()).norm().item()
+    size = wanted.double().norm().item()
+    return gap / size if size > 0 else gap
