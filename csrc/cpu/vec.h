@@ -195,7 +195,8 @@ inline float max(Vec x) {
 // ---- elementary functions --------------------------------------------------------------------
 
 // e^x within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf), then 2^n by
-// exponent bits in two steps so that subnormal results keep their value. NaN stays NaN.
+// scalef, or by exponent bits in two steps, so that subnormal results keep their value. NaN stays
+// NaN.
 inline Vec exp(Vec x) {
   Vec clamped = max(min(x, broadcast(89.f)), broadcast(-104.f));
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -209,9 +210,13 @@ inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.f;
+#if defined(__AVX512F__)
+  Vec scaled = (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   IVec exponent = __builtin_convertvector(n, IVec);
   IVec half = exponent >> 1;
   Vec scaled = p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
+#endif
   return x == x ? scaled : x;
 }
 
