@@ -50,11 +50,13 @@ void by_activation(Activation activation, Body&& body) {
 
 // Pieces of rows, so that one long row is shared between the threads as well.
 constexpr int64_t kPiece = 4096;
+// An element costs little here: two grains, which is also where PyTorch's own go parallel.
+constexpr int64_t kParallel = 2 * kGrain;
 
 template <class Body>
 void for_each_piece(int64_t rows, int64_t columns, Body&& body) {
   const int64_t pieces = (columns + kPiece - 1) / kPiece;
-#pragma omp parallel for if (rows * columns >= kGrain)
+#pragma omp parallel for if (rows * columns >= kParallel)
   for (int64_t piece = 0; piece < rows * pieces; ++piece) {
     int64_t first = piece % pieces * kPiece;
     body(piece / pieces, first, std::min(kPiece, columns - first));

@@ -30,12 +30,15 @@ void rotate_token(const Rotary& a, const Rotated& part, int64_t batch, int64_t t
   }
 }
 
+// An element costs little here: two grains, which is also where PyTorch's own go parallel.
+constexpr int64_t kParallel = 2 * kGrain;
+
 template <class T, class A>
 void rotate(const Rotary& a) {
   int64_t heads = 0;
   for (int i = 0; i < a.count; ++i) heads += a.parts[i].heads;
   const int64_t rows = a.batch * a.tokens;
-#pragma omp parallel for if (rows * heads * a.head_dim >= kGrain)
+#pragma omp parallel for if (rows * heads * a.head_dim >= kParallel)
   for (int64_t row = 0; row < rows; ++row)
     for (int i = 0; i < a.count; ++i)
       rotate_token<T, A>(a, a.parts[i], row / a.tokens, row % a.tokens);

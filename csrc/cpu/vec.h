@@ -118,9 +118,17 @@ inline Vec load(const float* p) {
   return out;
 }
 inline Vec load(const BFloat16* p) {
+  // GCC 12 widens a vector in halves and joins them again; the processor needs one instruction.
+#if defined(__AVX512F__)
+  UVec wide = (UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  UVec wide = (UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   HVec half;
   std::memcpy(&half, p, sizeof half);
-  return (Vec)(__builtin_convertvector(half, UVec) << 16);
+  UVec wide = __builtin_convertvector(half, UVec);
+#endif
+  return (Vec)(wide << 16);
 }
 inline Vec load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -135,12 +143,15 @@ inline Vec load(const Float16* p) {
 }
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 inline void store(BFloat16* p, Vec x) {
-  UVec bits = (UVec)x;
-  UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  UVec nan = (bits >> 16) | 0x40;
-  IVec is_nan = (IVec)(((IVec)bits & 0x7fffffff) > 0x7f800000);
-  HVec half = __builtin_convertvector(is_nan ? nan : rounded, HVec);
+  UVec bits = (UVec)x, high = bits >> 16;
+  UVec rounded = (bits + 0x7fff + (high & 1)) >> 16;
+  UVec kept = x == x ? rounded : high | 0x40;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)kept));
+#else
+  HVec half = __builtin_convertvector(kept, HVec);
   std::memcpy(p, &half, sizeof half);
+#endif
 }
 inline void store(Float16* p, Vec x) {
 #if defined(__AVX512F__)
@@ -195,7 +206,8 @@ inline float max(Vec x) {
 // ---- elementary functions --------------------------------------------------------------------
 
 // e^x within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf), then 2^n by
-// exponent bits in two steps so that subnormal results keep their value. NaN stays NaN.
+// scalef, or by exponent bits in two steps, so that subnormal results keep their value. NaN stays
+// NaN.
 inline Vec exp(Vec x) {
   Vec clamped = max(min(x, broadcast(89.f)), broadcast(-104.f));
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -209,9 +221,13 @@ inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.f;
+#if defined(__AVX512F__)
+  Vec scaled = (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   IVec exponent = __builtin_convertvector(n, IVec);
   IVec half = exponent >> 1;
   Vec scaled = p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
+#endif
   return x == x ? scaled : x;
 }
 
