@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft.library import rows_of
-from fastft.ops.gated_mlp import _gated_mlp, _gated_mlp_backward
+from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp, _gated_mlp_backward
 from fastft.ops.lora import LoraLinear, _Group, _lora, _Saved, _unflatten, prepare
 
 
@@ -62,6 +62,8 @@ def lora_mlp(
 
     Autocast, dtypes and errors as for `fastft.ops.lora.lora_shared`.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if gate.weight.shape != up.weight.shape:
         raise ValueError(
             f"up.weight: expected {tuple(gate.weight.shape)} as gate has, "

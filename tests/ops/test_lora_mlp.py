@@ -41,7 +41,8 @@ def eager(activation, p=0.0):
         return (y + dropout(x.to(a.dtype), p) @ a.t() @ b.t() * SCALE).to(y.dtype)
 
     def run(x, *t):
-        torch.manual_seed(3)
+        if p:
+            torch.manual_seed(3)
         gate, up = one(x, *t[:4]), one(x, *t[4:8])
         return one(ACTIVATIONS[activation](gate) * up, *t[8:])
 
@@ -50,7 +51,8 @@ def eager(activation, p=0.0):
 
 def fused(activation, p=0.0):
     def run(x, *t):
-        torch.manual_seed(3)
+        if p:
+            torch.manual_seed(3)
         linears = [LoraLinear(*t[i : i + 4], SCALE, p) for i in (0, 4, 8)]
         return lora_mlp(x, *linears, activation)
 
