@@ -1,5 +1,5 @@
-// Attention, forward, in blocks of queries and keys (arXiv 2205.14135): scores live in a tile in the
-// first cache, and products, mask, softmax and dropout go over it panel by panel of a few rows. A
+// Attention, forward, in blocks of queries and keys (arXiv 2205.14135): scores live in a tile in
+// the first cache, and products, mask, softmax and dropout go over it panel by panel of a few rows. A
 // work item is a chunk of one sequence's queries and one key head, with all query heads that read
 // it; it owns what it writes.
 #include "attention_block.h"
@@ -11,7 +11,10 @@
 namespace fastft::FASTFT_ISA {
 namespace {
 
-constexpr int64_t kChunk = 240;   // queries of a work item
+constexpr int64_t kChunk = 240;  // queries of a work item
+// With fewer rows per key head, a transpose of the keys costs more than it saves (measured with
+// AVX2: one query, 2,048 keys, 4 query heads per key head of 128).
+constexpr int64_t kTransposeRows = 8;
 
 // State of the softmax of one row.
 struct Running {
@@ -54,10 +57,33 @@ float softmax_row(const AttentionForward& a, const Item& s, float* row, int64_t 
   return correction;
 }
 
-// Queries [first, last) of one head over all keys. keys_t: blocks of (dim, kKeys), one after another.
+// The keys of a work item: transposed in blocks of (dim, kKeys), one after another, or as they are.
+struct Keys {
+  const float* transposed;  // or null
+  Rows rows;
+};
+
+// scores[r][c] = q[r] k[block + c] for the columns [begin, end); those from `width` on are 0.
+void score_panel(const Keys& keys, Rows q, int64_t dim, int64_t block, int rows, int64_t begin,
+                 int64_t end, int64_t width, float* scores) {
+  if (keys.transposed) {
+    product({q.data, q.stride, 1, keys.transposed + block * dim, kKeys, scores, kKeys, dim, false},
+            rows, begin, end);
+    return;
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int64_t c = begin; c < end; ++c) {
+      Vec sums{};
+      for (int64_t i = 0; c < width && i < dim; i += kWidth)
+        sums = fma(load(q[r] + i), load(keys.rows[block + c] + i), sums);
+      scores[r * kKeys + c] = fold(sums, [](Vec x, Vec y) { return x + y; })[0];
+    }
+}
+
+// Queries [first, last) of one head over all keys.
 template <class T>
 void forward_block(const AttentionForward& a, const Item& s, int64_t head, int64_t first,
-                   int64_t last, const float* keys_t, Rows values, float* scratch) {
+                   int64_t last, const Keys& keys, Rows values, float* scratch) {
   int64_t padded = round_up(a.dim, kWidth);
   float* out = scratch;
   float* scores = out + kQueries * padded;
@@ -75,8 +101,7 @@ void forward_block(const AttentionForward& a, const Item& s, int64_t head, int64
       seen = clip({seen.begin - block, seen.end - block}, 0, width);
       if (!seen.empty()) {
         int64_t begin = seen.begin / kWidth * kWidth, end = round_up(seen.end, kWidth);
-        product({q[row], q.stride, 1, keys_t + block * a.dim, kKeys, scores, kKeys, a.dim, false},
-                rows, begin, end);
+        score_panel(keys, {q[row], q.stride}, a.dim, block, rows, begin, end, width, scores);
         for (int r = 0; r < rows; ++r) {
           Span own = keys_seen(a, s, first + row + r, first + row + r);
           own = clip({own.begin - block, own.end - block}, 0, width);
@@ -84,7 +109,8 @@ void forward_block(const AttentionForward& a, const Item& s, int64_t head, int64
                                          first + row + r, state[row + r]);
           float* sums = out + (row + r) * padded;
           if (correction != 1.f)
-            for (int64_t c = 0; c < padded; c += kWidth) store(sums + c, load(sums + c) * correction);
+            for (int64_t c = 0; c < padded; c += kWidth)
+              store(sums + c, load(sums + c) * correction);
         }
         product({scores + begin, kKeys, 1, values[block + begin], values.stride,
                  out + row * padded, padded, std::min(end, width) - begin, true},
@@ -108,18 +134,22 @@ template <class T>
 void forward_item(const AttentionForward& a, const Item& s, Span chunk, float* scratch) {
   if (chunk.empty()) return;
   int64_t padded = round_up(a.dim, kWidth), groups = a.heads / a.kv_heads;
-  int64_t blocks = (s.keys + kKeys - 1) / kKeys;
-  float* keys_t = scratch;
-  float* values = keys_t + blocks * kKeys * a.dim;
+  float* values = scratch + round_up(s.keys, kKeys) * padded;
   float* rest = values + s.keys * padded;
   Span seen = keys_seen(a, s, chunk.begin, chunk.end - 1);
-  for (int64_t block = seen.begin / kKeys * kKeys; block < seen.end; block += kKeys)
-    transpose_tile(at<T>(a.k, s.k0 + block, s.kv_head), a.k.token_stride,
-                   std::min(kKeys, s.keys - block), a.dim, keys_t + block * a.dim, kKeys);
+  Keys keys{};
+  if ((chunk.end - chunk.begin) * groups < kTransposeRows) {
+    keys.rows = float_rows(at<T>(a.k, s.k0, s.kv_head), a.k.token_stride, s.keys, a.dim, scratch);
+  } else {
+    for (int64_t block = seen.begin / kKeys * kKeys; block < seen.end; block += kKeys)
+      transpose_tile(at<T>(a.k, s.k0 + block, s.kv_head), a.k.token_stride,
+                     std::min(kKeys, s.keys - block), a.dim, scratch + block * a.dim, kKeys);
+    keys.transposed = scratch;
+  }
   Rows v = float_rows(at<T>(a.v, s.k0, s.kv_head), a.v.token_stride, s.keys, a.dim, values);
   for (int64_t head = s.kv_head * groups; head < (s.kv_head + 1) * groups; ++head)
     for (int64_t first = chunk.begin; first < chunk.end; first += kQueries)
-      forward_block<T>(a, s, head, first, std::min(first + kQueries, chunk.end), keys_t, v, rest);
+      forward_block<T>(a, s, head, first, std::min(first + kQueries, chunk.end), keys, v, rest);
 }
 
 }  // namespace
@@ -132,7 +162,7 @@ void attention_forward(const AttentionForward& a) {
     using T = decltype(element);
 #pragma omp parallel if (work_of(a) >= 16 * kGrain)
     {
-      Scratch scratch(keys * (a.dim + padded) + 2 * kQueries * padded + kTileRows * kKeys);
+      Scratch scratch(2 * keys * padded + 2 * kQueries * padded + kTileRows * kKeys);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < items; ++i) {
         Item s = item_of(a, i / chunks / a.kv_heads, i / chunks % a.kv_heads);

@@ -34,7 +34,7 @@ struct Backward {
   Rows keys;
 };
 
-// Turns a row of the products q k and dout v into p * keep and ds; both are 0 where nothing is seen.
+// Turns a row of the products q k and dout v into p * keep and ds; 0 where nothing is seen.
 void gradient_row(const AttentionForward& a, const Item& s, float* p_row, float* ds_row,
                   int64_t begin, int64_t end, int64_t width, Span seen, int64_t block, int64_t head,
                   int64_t query, float total) {
