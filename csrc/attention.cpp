@@ -31,8 +31,9 @@ std::vector<int64_t> bounds_of(const Tensor& cu, const char* name, int64_t token
   for (int64_t i = 0; i < cu.size(0); ++i)
     out[i] = wide ? static_cast<const int64_t*>(cu.data_ptr())[i * cu.stride(0)]
                   : static_cast<const int32_t*>(cu.data_ptr())[i * cu.stride(0)];
-  STD_TORCH_CHECK(out.front() == 0 && out.back() == tokens && std::is_sorted(out.begin(), out.end()),
-                  name, ": expected non-decreasing bounds from 0 to ", tokens);
+  bool sorted = std::is_sorted(out.begin(), out.end());
+  STD_TORCH_CHECK(sorted && out.front() == 0 && out.back() == tokens, name,
+                  ": expected non-decreasing bounds from 0 to ", tokens);
   return out;
 }
 

@@ -102,5 +102,6 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     The kernels read rows at any distance from each other, so slices along the rows are not copied.
     """
     if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+        # Counted, because reshape cannot tell -1 of a tensor without elements.
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()

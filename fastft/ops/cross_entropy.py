@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastft.library import operator, rows_of
 
@@ -125,6 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlosses):
         logits, labels, weight, stats = ctx.saved_tensors
         dlogits = _cross_entropy_backward(
@@ -173,6 +175,8 @@ def averaged(total: Tensor, labels: Tensor, weight: Tensor | None, num_items, ig
     elif num_items is not None:
         divisor = total.new_full((), float(num_items))
     elif weight is not None and weight.numel():
+        # Clamped, because compiled code may index before the operator has refused a wrong label.
+        target = target.clamp(0, weight.numel() - 1)
         divisor = (weight.detach().to(total.dtype)[target] * kept).sum()
     else:
         divisor = kept.sum().to(total.dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastft.library import autocast_dtype, implement, operator, rows_of
 from fastft.ops import gemm
@@ -124,6 +125,8 @@ def _linear_cross_entropy(x, head, labels, class_weight, dlosses, ignore_index, 
 
 @implement(_linear_cross_entropy, "CPU", "C++ and PyTorch's products")
 def _labelled_only(x, head, labels, class_weight, dlosses, ignore_index, numbers, needs):
+    # Compiled code has not looked at the labels' values before.
+    check_labels(labels, ignore_index, x.shape[:1], head[0].shape[0])
     kept = (labels != ignore_index).nonzero()[:, 0]
     rest = class_weight, dlosses, ignore_index, numbers, needs
     if kept.numel() == labels.numel():
@@ -145,32 +148,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, labels, class_weight, settings):
         # x: (rows, hidden)
         ignore_index, numbers, needs, each = settings
-        wanted = [False] * 5 if each else needs
-        head = [weight, bias, a, b]
-        losses, *grads = _linear_cross_entropy(
-            x, head, labels, class_weight, None, ignore_index, numbers, wanted
+        losses, *finished = _linear_cross_entropy(
+            x,
+            [weight, bias, a, b],
+            labels,
+            class_weight,
+            None,
+            ignore_index,
+            numbers,
+            [False] * 5 if each else needs,
         )
-        ctx.settings = settings
-        if each:
-            ctx.save_for_backward(x, *head, labels, class_weight)
-            return losses
-        ctx.save_for_backward(*grads)
-        return losses.sum()
+        ctx.save_for_backward(x, weight, bias, a, b, labels, class_weight)
+        ctx.settings, ctx.finished = settings, None if each else finished
+        return losses if each else losses.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         ignore_index, numbers, needs, each = ctx.settings
-        if each:
+        grads, ctx.finished = ctx.finished, None
+        if grads is None:
+            # Every loss has its own upstream gradient, or the graph was kept and this is not the
+            # first time: what the forward finished has been given away.
             x, *head, labels, class_weight = ctx.saved_tensors
+            rows = upstream if each else None
             _, *grads = _linear_cross_entropy(
-                x, head, labels, class_weight, upstream, ignore_index, numbers, needs
+                x, head, labels, class_weight, rows, ignore_index, numbers, needs
             )
-        else:
-            # Out of place: the graph may be kept, and run backward a second time.
-            grads = [
-                g * upstream.to(g.dtype) if need else g
-                for g, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
+        if not each:
+            # Private until now, so that a head's gradient need not be held twice.
+            grads = [g.mul_(upstream) for g in grads]
         grads = (g if need else None for g, need in zip(grads, needs, strict=True))
         return *grads, None, None, None
 
