@@ -132,7 +132,9 @@ class _Patcher:
         """Attention, rotary embeddings and padding of one base model."""
         from fastft.patch import attention, padding
 
-        if _untouchable(module) is not None or not hasattr(module, "get_input_embeddings"):
+        reason = _untouchable(module)
+        if reason is not None:
+            self.report.leave(module, reason)
             return
         self.swap_attention(module)
         for child in module.modules():
@@ -192,7 +194,7 @@ def _untouchable(module: nn.Module) -> str | None:
         return "its forward was replaced by somebody else"
     if getattr(module, "use_kernels", False):
         return "use_kernels is on: transformers would put its own kernels back"
-    for parameter in module.parameters(recurse=False):
+    for parameter in module.parameters():
         if parameter.is_meta:
             return "on the meta device"
         if hasattr(parameter, "ds_id"):

@@ -1,0 +1,51 @@
+"""verify must agree where the patch is right, and see every way in which it could be wrong."""
+
+import pytest
+import torch
+from models import batch, causal_lm, with_lora
+
+from fastft.patch import patch, verify
+from fastft.patch.swap import swap_of
+
+
+def test_agrees_and_restores():
+    model = with_lora(causal_lm("llama")).train()
+    marker = next(p for p in model.parameters() if p.requires_grad)
+    marker.grad = torch.full_like(marker, 3.0)
+    result = verify(model, batch("right"))
+    assert result.ok and result.without_gradient == [] and result.worst_gradient[1] < 1e-4
+    assert swap_of(model.get_base_model()) is None, "patched only for the duration"
+    assert torch.equal(marker.grad, torch.full_like(marker, 3.0)) and model.training
+    assert "agrees" in str(result)
+
+
+def test_without_labels():
+    inputs = batch("none")
+    del inputs["labels"]
+    assert verify(causal_lm("gpt2"), inputs).ok
+
+
+@pytest.mark.parametrize("target", ["norm", "gated_mlp", "lora"])
+def test_sees_a_wrong_operator(target):
+    model = with_lora(causal_lm("llama")).train()
+    patch(model)
+    record = next(r for m in model.modules() if (r := swap_of(m)) and r.operator == target)
+    right = record.replacement
+    record.replacement = lambda module, x: right(module, x) * 1.01
+    result = verify(model, batch("right"))
+    assert not result.ok and "DIFFERS" in str(result)
+
+
+def test_sees_a_lost_gradient():
+    model = with_lora(causal_lm("llama")).train()
+    patch(model)
+    record = next(r for m in model.modules() if (r := swap_of(m)) and r.operator == "gated_mlp")
+    right = record.replacement
+    record.replacement = lambda module, x: right(module, x).detach()
+    result = verify(model, batch("right"))
+    assert not result.ok and any("mlp" in name for name in result.without_gradient)
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="batch: expected a mapping"):
+        verify(causal_lm("llama"), torch.ones(2, 3))
