@@ -22,9 +22,9 @@ keep is a function of (seed, head, query token, key token) alone, so backward ma
 `_keep` is its definition. Everything between reading q, k, v and writing is in float32.
 
 The CPU's kernel serves every call: against PyTorch's flash kernel, per sequence and as one batch
-where lengths allow, it took 0.1 to 0.9 of the time forward plus backward on AVX-512 and AVX2 (head
-dims 32 to 256, sequences of 8 to 2,048). It is behind, by up to 1.7 on AVX2, where one query per
-sequence reads thousands of keys whose heads are wide (one step of decoding), without gradients.
+where lengths allow, it took 0.2 to 0.9 of the time of both passes on one core, on AVX-512 and AVX2
+(head dims 32 to 256, sequences of 8 to 2,048). It is behind, by up to 1.7 on AVX2, where one query
+per sequence reads thousands of keys whose heads are wide (one step of decoding), without gradients.
 """
 
 from typing import NamedTuple
