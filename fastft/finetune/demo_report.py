@@ -11,7 +11,11 @@ def text(metrics: dict, output: Path) -> str:
     rows = [
         ("", "eager", "fastft", ""),
         _row("tokens/s", speed, "{:.0f}", f"{found['ratio']:.2f}x (median of steps)"),
-        ("share of the floor", *(f"{speed[s] / floor:.0%}" for s in speed), f"{floor:.0f} tokens/s"),
+        (
+            "share of the floor",
+            *(f"{speed[s] / floor:.0%}" for s in speed),
+            f"{floor:.0f} tokens/s",
+        ),
         _memory("peak memory", memory, lambda m: m["peak"]),
         _memory("  of it training", memory, lambda m: m["peak"] - m["before_training"]),
         _row("first loss", {s: c["losses"][0] for s, c in curves.items()}, "{:.4f}", ""),

@@ -7,8 +7,8 @@ Counted per step over real tokens n and labelled tokens m, with multiply and add
     head, frozen           forward 2 m h V, gradient of the input 2 m h V
     causal attention       forward 2 len^2 H d per sequence, backward twice that
 
-No padding and no ignored label is counted. The bytes are the frozen weights, read in forward and
-in backward. The larger of the two times is the floor.
+Gradients of the first layer's inputs are left out, and so are padding and ignored labels. The bytes
+are the frozen weights, read in forward and in backward. The larger of the two times is the floor.
 """
 
 import time
@@ -53,12 +53,14 @@ def operations(model: nn.Module, batch: dict[str, Tensor]) -> int:
     labelled = int((batch["labels"][:, 1:] != -100).sum())
     head = model.get_output_embeddings()
     total = 4 * labelled * head.weight.numel()
-    for module in model.modules():
+    for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
         if base is not None:
-            ranks = sum(module.r[name] for name in module.active_adapters)
-            total += 4 * tokens * base.weight.numel()
-            total += 6 * tokens * ranks * sum(base.weight.shape)
+            # Nothing below the first layer learns: not all of it needs the gradient of its input.
+            inputs = 0 if ".0." in name else 1
+            rank = sum(module.r[adapter] for adapter in module.active_adapters)
+            total += 2 * (1 + inputs) * tokens * base.weight.numel()
+            total += 2 * (2 + inputs) * tokens * rank * sum(base.weight.shape)
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     squares = int(lengths.square().sum())
@@ -67,8 +69,10 @@ def operations(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights a step reads, once forward and once backward; embeddings' rows are few."""
-    weights = {module.base_layer.weight for module in model.modules() if hasattr(module, "base_layer")}
+    """Bytes of the weights a step reads, once forward and once backward."""
+    weights = {
+        module.base_layer.weight for module in model.modules() if hasattr(module, "base_layer")
+    }
     weights.add(model.get_output_embeddings().weight)
     return 2 * sum(weight.numel() * weight.element_size() for weight in weights)
 
