@@ -92,3 +92,17 @@ def test_no_path_of_one_machine():
             if path.is_file() and (path.suffix in suffixes or folder == ".ci"):
                 for number, line in enumerate(path.read_text().splitlines(), 1):
                     assert not any(home in line for home in homes), f"{path}:{number}: {line}"
+
+
+@pytest.mark.parametrize(
+    "first", ["fastft", "fastft.patch", "fastft.ops.norm", "fastft.finetune.data"]
+)
+def test_patch_is_the_function_whatever_was_imported_first(first):
+    code = (
+        f"import importlib, pkgutil; importlib.import_module({first!r})\n"
+        "import fastft, sys\n"
+        "for module in pkgutil.iter_modules(sys.modules['fastft.patch'].__path__):\n"
+        "    importlib.import_module('fastft.patch.' + module.name)\n"
+        "print([n for n in fastft.__all__ if not callable(getattr(fastft, n))])"
+    )
+    assert python(code).strip() == "[]"
