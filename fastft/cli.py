@@ -45,8 +45,9 @@ def _add_demo(commands) -> None:
     option = demo.add_argument
     option("--model", default="SmolLM2-135M-Instruct", help="that one, a folder, or a hub name")
     option("--data", default="alpaca", help="that one, or a JSON file in alpaca's format")
-    option("--steps", type=_positive, default=12, help="optimizer steps of each side")
+    option("--steps", type=_positive, default=10, help="optimizer steps of each side")
     option("--batch", type=_positive, default=8, help="examples per step")
+    option("--longest", type=_positive, default=192, help="records with more tokens are left out")
     option("--rank", type=_positive, default=8, help="LoRA rank, on all linear layers")
     option("--seed", type=int, default=0, help="of LoRA's weights and the order of the data")
     option("--threads", type=_positive, help="threads of the CPU; default: PyTorch's choice")

@@ -14,7 +14,8 @@ _references: dict[str, Callable] = {}
 _kinds: dict[tuple[str, str], str] = {}
 
 try:
-    from fastft import _C as extension
+    # Not `from fastft import _C`: that form tells a missing module by another exception.
+    import fastft._C as extension
 except ModuleNotFoundError as missing:
     # Not built is allowed and shown by `fastft doctor`; built but broken raises.
     if missing.name != "fastft._C":

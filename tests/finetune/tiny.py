@@ -1,0 +1,52 @@
+"""A random Llama of a few thousand weights with a word tokenizer, in the form that is loaded."""
+
+import json
+from pathlib import Path
+
+import torch
+
+WORDS = [f"word{i}" for i in range(60)]
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "user", "assistant", *WORDS]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def save_model(folder: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=5 + len(WORDS),
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_data(path: Path, count: int = 12) -> Path:
+    records = [
+        {"instruction": " ".join(WORDS[i : i + 2 + i % 3]), "output": " ".join(WORDS[i : 3 * i])}
+        for i in range(1, count + 1)
+    ]
+    path.write_text(json.dumps(records))
+    return path

@@ -1,0 +1,117 @@
+"""setup.py without torch, with an old torch, without a compiler, and with a broken one."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build needs, so that nothing here is touched."""
+    for name in ("csrc", "fastft"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def setup(tree, *arguments, path=(), **environment):
+    """Runs setup.py; folders in `path` come before everything installed."""
+    code = f"import sys; sys.path[:0] = {[str(p) for p in path]}; sys.argv[0] = 'setup.py'; "
+    code += "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tree,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def fake_torch(folder: Path, source: str) -> Path:
+    package = folder / "fake"
+    package.mkdir()
+    (package / "torch").mkdir()
+    (package / "torch" / "__init__.py").write_text(source)
+    (package / "torch" / "utils").mkdir()
+    (package / "torch" / "utils" / "__init__.py").touch()
+    (package / "torch" / "utils" / "cpp_extension.py").touch()
+    return package
+
+
+@pytest.mark.parametrize("command", ["bdist_wheel", "build_ext", "editable_wheel"])
+@pytest.mark.parametrize(
+    "source, sentence",
+    [
+        ("raise ModuleNotFoundError('no torch', name='torch')", "this environment has none"),
+        ("__version__ = '2.10.3+cpu'", "does not work with torch 2.10.3+cpu"),
+    ],
+)
+def test_one_sentence_without_a_torch_that_fits(tree, command, source, sentence):
+    done = setup(tree, command, path=[fake_torch(tree, source)])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert sentence in done.stderr and "--no-build-isolation" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_metadata_needs_no_torch(tree):
+    source = "raise ModuleNotFoundError('no torch', name='torch')"
+    done = setup(tree, "--version", path=[fake_torch(tree, source)])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_torch_raises(tree):
+    done = setup(tree, "build_ext", path=[fake_torch(tree, "import a_part_of_torch")])
+    assert done.returncode != 0
+    assert "No module named 'a_part_of_torch'" in done.stderr
+
+
+def test_without_a_compiler_a_python_wheel_that_works(tree):
+    done = setup(tree, "bdist_wheel", CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler (/nonexistent/c++): installing without CPU kernels" in done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    installed = tree / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(installed)
+    code = (
+        "import torch, fastft.library as l; from fastft.ops.norm import rms_norm as f\n"
+        "assert l.extension is None and l.operators()['rms_norm']['cpu'] == 'PyTorch reference'\n"
+        "x = torch.randn(3, 8)\n"
+        "torch.testing.assert_close(f(x), torch.nn.functional.rms_norm(x, (8,), eps=1e-6))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    subprocess.run(command, cwd=installed, env=environment, check=True)
+
+
+def test_a_compiler_that_fails_raises(tree):
+    done = setup(tree, "build_ext", CXX=shutil.which("false"))
+    assert done.returncode != 0
+
+
+@pytest.mark.slow
+def test_wheel_and_source_distribution(tree):
+    done = setup(tree, "sdist", "bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.startswith("fastft/_C.")]
+    import tarfile
+
+    (source,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        inside = {name.split("/", 1)[-1] for name in archive.getnames()}
+    wanted = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*")}
+    assert wanted <= inside

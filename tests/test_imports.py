@@ -1,0 +1,108 @@
+"""Who may import whom (nothing points upward), and what `import fastft` costs."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each part may import itself and these; whatever is not listed here may import anything.
+ALLOWED = {
+    "library": {"_C"},
+    "ops": {"library", "kernels"},
+    "patch": {"library", "ops"},
+    "decode": {"library", "ops"},
+    "finetune": {"library", "ops", "patch", "decode"},
+    "doctor": {"library", "ops"},
+}
+# Imported where they are used, never when fastft is.
+HEAVY = ("transformers", "triton", "peft", "trl", "datasets", "matplotlib")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, `from a import b` as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def parts(names: set[str]) -> set[str]:
+    """Of the names inside fastft, the part each belongs to; its own public names are no part."""
+    inside = {name.split(".")[1] for name in names if name.startswith("fastft.")}
+    return inside - {"__version__"}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_nothing_points_upward(part):
+    files = [*ROOT.glob(f"fastft/{part}.py"), *ROOT.glob(f"fastft/{part}/**/*.py")]
+    for path in files:
+        upward = parts(imports(path)) - ALLOWED[part] - {part}
+        assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
+
+
+def test_nobody_imports_the_commands():
+    for path in ROOT.glob("fastft/**/*.py"):
+        if path.name not in ("__main__.py", "cli.py"):
+            assert "cli" not in parts(imports(path)), path
+
+
+def test_kernels_know_nothing_of_fastft():
+    for path in ROOT.glob("kernels/**/*.py"):
+        assert not {n for n in imports(path) if n.split(".")[0] == "fastft"}, path
+
+
+def test_the_rules_see_every_form_of_import(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("import fastft.cli\ndef f():\n    from fastft import patch\n    import os\n")
+    assert parts(imports(file)) == {"cli", "patch"}
+
+
+def python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_import_is_light():
+    code = f"import sys, fastft; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_import_is_quick():
+    code = (
+        "import time, torch\nstart = time.process_time()\nimport fastft\n"
+        "print(time.process_time() - start)"
+    )
+    # CPU time, since the machine may be busy; the least-disturbed runs count.
+    assert statistics.median(float(python(code)) for _ in range(5)) < 0.2
+
+
+def test_no_path_of_one_machine():
+    homes = ["/" + name + "/" for name in ("home", "root", "Users", "work")]
+    suffixes = (".py", ".cpp", ".h", ".md", ".toml", ".cu")
+    for folder in ("fastft", "csrc", "kernels", "tests", "bench", ".ci"):
+        for path in ROOT.glob(f"{folder}/**/*"):
+            if path.is_file() and (path.suffix in suffixes or folder == ".ci"):
+                for number, line in enumerate(path.read_text().splitlines(), 1):
+                    assert not any(home in line for home in homes), f"{path}:{number}: {line}"
+
+
+@pytest.mark.parametrize(
+    "first", ["fastft", "fastft.patch", "fastft.ops.norm", "fastft.finetune.data"]
+)
+def test_patch_is_the_function_whatever_was_imported_first(first):
+    code = (
+        f"import importlib, pkgutil; importlib.import_module({first!r})\n"
+        "import fastft, sys\n"
+        "for module in pkgutil.iter_modules(sys.modules['fastft.patch'].__path__):\n"
+        "    importlib.import_module('fastft.patch.' + module.name)\n"
+        "print([n for n in fastft.__all__ if not callable(getattr(fastft, n))])"
+    )
+    assert python(code).strip() == "[]"
