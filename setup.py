@@ -97,7 +97,7 @@ def native_parts() -> dict:
         if missing.name != "torch":
             raise
         sys.exit(
-            f"fastft builds against the torch you use, and this environment has none: {needed}"
+            f"fastft builds against the torch you use, and this build sees none: {needed}"
         )
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         sys.exit(f"fastft does not work with torch {torch.__version__}: {needed}")

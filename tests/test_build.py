@@ -51,7 +51,7 @@ def fake_torch(folder: Path, source: str) -> Path:
 @pytest.mark.parametrize(
     "source, sentence",
     [
-        ("raise ModuleNotFoundError('no torch', name='torch')", "this environment has none"),
+        ("raise ModuleNotFoundError('no torch', name='torch')", "this build sees none"),
         ("__version__ = '2.10.3+cpu'", "does not work with torch 2.10.3+cpu"),
     ],
 )
