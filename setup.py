@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
@@ -104,4 +105,7 @@ def native_parts() -> dict:
     return extension_and_command(cpp_extension)
 
 
+# Without isolation nobody else checks this, and Python 3.11 makes environments with an older one.
+if int(setuptools.__version__.split(".")[0]) < 71:
+    sys.exit("fastft builds with setuptools 71 or later: run `pip install --upgrade setuptools`")
 setup(**native_parts())
