@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
@@ -96,12 +97,13 @@ def native_parts() -> dict:
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-        sys.exit(
-            f"fastft builds against the torch you use, and this environment has none: {needed}"
-        )
+        sys.exit(f"fastft builds against the torch you use, and this build sees none: {needed}")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         sys.exit(f"fastft does not work with torch {torch.__version__}: {needed}")
     return extension_and_command(cpp_extension)
 
 
+# Without isolation nobody else checks this, and Python 3.11 makes environments with an older one.
+if int(setuptools.__version__.split(".")[0]) < 71:
+    sys.exit("fastft builds with setuptools 71 or later: run `pip install --upgrade setuptools`")
 setup(**native_parts())

@@ -20,7 +20,7 @@ from fastft.ops import gemm
 REFERENCE = "PyTorch reference"
 # Below these the package does not work; None: needed by some commands only, any version.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "peft": "0.19", "trl": None}
-INSTALL = "`pip install --no-build-isolation --no-deps --force-reinstall fastft`"
+INSTALL = "`pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
 
 
 def examine() -> dict:

@@ -78,6 +78,7 @@ def plot(metrics: dict, path: Path) -> None:
     times.set_ylim(bottom=0)
     for axes, name in ((losses, "loss"), (times, "seconds per step")):
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(name)
         axes.legend()
     figure.savefig(path, dpi=120)
