@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastft.library import autocast_dtype
 from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, stand_in, undisturbed
@@ -131,8 +132,8 @@ def _forward(module, head: Head, arguments: dict):
         return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
 
     lazy = LazyLogits(
-        logits, (*labels.shape, head.weight.shape[0]), hidden.dtype, hidden.device,
-        hidden.requires_grad,
+        logits, (*targets.shape, head.weight.shape[0]),
+        autocast_dtype(hidden.device) or hidden.dtype, hidden.device, loss.requires_grad,
     )  # fmt: skip
     rest = {k: outputs.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
     return options.output(loss=loss, logits=lazy, **rest)
