@@ -167,7 +167,8 @@ class _Patcher:
         attention.register()
         for child in module.modules():
             if getattr(child, "config", None) is config and hasattr(child, "is_causal"):
-                child._fastft_attention = True
+                if before != attention.NAME or not hasattr(child, "_fastft_attention"):
+                    child._fastft_attention = before
                 self.report.add(child, "attention", "attention")
         if before != attention.NAME:
             module._fastft_attention_before = before
