@@ -5,7 +5,7 @@ registered without its mask would silently get no mask at all.
 """
 
 import inspect
-from types import FunctionType, MethodType
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs):
 
 def forward(module: nn.Module, *args, **kwargs):
     """The class's own forward with the fused rotary embedding in place of the module's function."""
-    return MethodType(module._fastft_swap.options, module)(*args, **kwargs)
+    return module._fastft_swap.options(module, *args, **kwargs)
 
 
 def is_candidate(module: nn.Module) -> bool:

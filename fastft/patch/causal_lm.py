@@ -78,6 +78,8 @@ def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> 
 
 
 def forward(module, *args, **kwargs):
+    if torch.compiler.is_compiling():
+        return original_forward(module)(*args, **kwargs)
     arguments = padding.bind(module, args, kwargs)
     options = module._fastft_swap.options
     head = _head(module, options)
@@ -89,7 +91,6 @@ def forward(module, *args, **kwargs):
     if (
         labels is None
         or head is None
-        or torch.compiler.is_compiling()
         or _loss_name(module) != "ForCausalLMLoss"
         or not _keeps_all(arguments.get("logits_to_keep", 0))
         or wants_tuple

@@ -21,12 +21,12 @@ _state = threading.local()
 
 def is_packed() -> bool:
     """Whether a packed forward is running in this thread: then no mask is wanted."""
-    return getattr(_state, "packed", False)
+    return not torch.compiler.is_compiling() and getattr(_state, "packed", False)
 
 
 def wants_weights() -> bool:
     """Whether the forward running in this thread was asked for attention weights."""
-    return getattr(_state, "weights", False)
+    return not torch.compiler.is_compiling() and getattr(_state, "weights", False)
 
 
 @contextmanager
@@ -112,7 +112,6 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
         or arguments.get("past_key_values") is not None
         or (arguments.get("use_cache") if "use_cache" in arguments else keeps_cache)
         or arguments.get("cu_seq_lens_q") is not None
-        or torch.compiler.is_compiling()
         or asks(arguments, config, "output_attentions")
         or asks(arguments, config, "output_hidden_states")
         or any(
@@ -158,6 +157,8 @@ def run_packed(base, packing: Packing, arguments: dict):
 
 
 def forward(module: nn.Module, *args, **kwargs):
+    if torch.compiler.is_compiling():  # the number of real tokens is not known then
+        return original_forward(module)(*args, **kwargs)
     arguments = bind(module, args, kwargs)
     packing = None
     returns_dict = arguments.get("return_dict", getattr(module.config, "return_dict", True))

@@ -28,7 +28,7 @@ def step(model, inputs):
 
 
 def assert_same(got, wanted, real=None, tolerance=1e-4):
-    """Outputs, field by field; at real tokens only where their shape begins with (batch, length)."""
+    """Outputs, field by field; at real tokens where the shape begins with (batch, length)."""
     assert type(got) is type(wanted)
     if isinstance(wanted, torch.Tensor) or isinstance(got, LazyLogits):
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
