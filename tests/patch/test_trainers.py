@@ -7,8 +7,8 @@ from models import batch, causal_lm, with_lora
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from fastft.patch import patch, unpatch
 from fastft.patch import lazy as lazy_logits
+from fastft.patch import patch, unpatch
 from fastft.patch.swap import swap_of
 
 ROWS = 16
@@ -83,8 +83,8 @@ def assert_same_run(got, wanted, tolerance=1e-4):
     theirs = dict(wanted.model.named_parameters())
     for name, parameter in got.model.named_parameters():
         # AdamW's first steps are the gradient's sign: tiny gradients may differ in theirs.
-        gap = (parameter - theirs[name]).norm() / theirs[name].norm()
-        assert gap < 100 * tolerance, name
+        gap = (parameter - theirs[name]).norm()
+        assert gap <= 100 * tolerance * theirs[name].norm(), name
 
 
 def _causal_lm(model):
@@ -131,7 +131,9 @@ def test_accumulation(tmp_path, computed):
         {"label_smoothing_factor": 0.1},
         {"neftune_noise_alpha": 5.0},
         {"max_grad_norm": 0.1, "average_tokens_across_devices": False},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -254,7 +256,7 @@ def sft(folder, make, when, **settings):
 
 
 PACKED = {"packing": True}
-FREE = {"padding_free": True}
+FREE = {"padding_free": True, "max_length": None}
 
 
 @pytest.mark.parametrize("settings", [{}, PACKED, FREE, {"gradient_checkpointing": True}], ids=str)
