@@ -30,6 +30,8 @@ _METADATA = {
     Tensor.__hash__,
     Tensor.element_size,
 }
+# Where nothing is computed yet, there is none.
+_HISTORY = {Tensor.grad_fn.__get__, Tensor._base.__get__}
 _CASTS = {
     Tensor.float: torch.float32,
     Tensor.double: torch.float64,
@@ -87,9 +89,9 @@ class LazyLogits(Tensor):
     def is_materialized(self) -> bool:
         return self._logits is not None
 
-    def _as(self, dtype: torch.dtype) -> "LazyLogits":
+    def _then(self, function: Callable, dtype: torch.dtype) -> "LazyLogits":
         return LazyLogits(
-            lambda: self.materialize().to(dtype), self.shape, dtype, self.device,
+            lambda: function(self.materialize()), self.shape, dtype, self.device,
             self._needs_grad,
         )  # fmt: skip
 
@@ -111,13 +113,18 @@ class LazyLogits(Tensor):
         if func == Tensor.requires_grad.__get__:
             return args[0]._needs_grad
         if args and isinstance(args[0], cls) and not args[0].is_materialized:
-            # accelerate casts every output of a mixed-precision step to float32, and FSDP casts
-            # and hangs a hook on each: none of them reads a value.
+            # accelerate casts every output of a mixed-precision step to float32, DDP clones them,
+            # and FSDP casts them and hangs a hook on each: none of them reads a value.
             dtype = _cast(func, args, kwargs)
             if dtype is not None:
-                return args[0] if dtype is args[0].dtype else args[0]._as(dtype)
+                same = dtype is args[0].dtype
+                return args[0] if same else args[0]._then(lambda z: z.to(dtype), dtype)
+            if func is Tensor.clone and len(args) == 1 and not kwargs:
+                return args[0]._then(Tensor.clone, args[0].dtype)
             if func is Tensor.register_hook and args[0]._needs_grad:
                 return args[0]._hook(*args[1:], **kwargs)
+            if func in _HISTORY:
+                return None
         args, kwargs = torch.utils._pytree.tree_map_only(
             cls, lambda lazy: lazy.materialize(), (args, kwargs)
         )

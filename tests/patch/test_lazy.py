@@ -67,8 +67,8 @@ def test_every_read_gives_the_values_once(name):
 def test_gradients_flow_and_every_way_to_ask_for_them_works():
     values = torch.randn(2, 3, requires_grad=True)
     lazy = lazy_of(values)
-    assert lazy.grad_fn is not None and not lazy.is_leaf
     (grad,) = torch.autograd.grad(lazy.square().sum(), values)
+    assert lazy.grad_fn is not None and not lazy.is_leaf
     torch.testing.assert_close(grad, 2 * values)
     lazy_of(values).backward(torch.ones(2, 3))
     torch.testing.assert_close(values.grad, torch.ones(2, 3))
@@ -89,9 +89,11 @@ def test_history_is_that_of_the_forward_not_of_the_first_reader():
 
 
 def test_casts_and_hooks_wait():
-    """accelerate casts outputs of a step, FSDP casts them and hangs hooks on them."""
+    """accelerate casts outputs of a step, DDP clones them, FSDP casts and hangs hooks on them."""
     values, calls, seen = torch.randn(2, 3, requires_grad=True), [], []
     lazy = lazy_of(values, calls)
+    copied = lazy.clone()
+    assert lazy._base is None
     wide = [lazy.double(), lazy.to(torch.float64), lazy.to(dtype=torch.float64)]
     assert lazy.float() is lazy or lazy.float().dtype is torch.float32
     assert all(type(w) is LazyLogits and w.dtype is torch.float64 for w in wide)
@@ -102,6 +104,8 @@ def test_casts_and_hooks_wait():
     wide[0].sum().backward()
     assert calls == [True] and seen == ["kept"]
     torch.testing.assert_close(wide[1], values.double())
+    copied.detach().zero_()
+    torch.testing.assert_close(lazy, values)
     assert lazy.register_hook(lambda grad: None) is not None
 
 
