@@ -144,6 +144,9 @@ class _Patcher:
             if swap_of(module) is not None:
                 self.report.add(module, "padding", "left out of training batches")
             return
+        if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+            self.report.leave(module, "padding kept: to be confirmed, patch before sharding")
+            return
         swap(module, "padding", padding.forward)
         try:
             padding.confirm(module)

@@ -28,7 +28,8 @@ def test_metadata_does_not_compute():
     lazy = lazy_of(torch.randn(2, 3, 5, requires_grad=True), calls)
     assert lazy.shape == (2, 3, 5) and lazy.size(-1) == 5 and len(lazy) == 2 and lazy.dim() == 3
     assert lazy.dtype is torch.float32 and lazy.device.type == "cpu" and lazy.ndim == 3
-    assert lazy.numel() == 30 and lazy.requires_grad and lazy.is_floating_point()
+    assert lazy.numel() == torch.numel(lazy) == 30 and lazy.requires_grad
+    assert lazy.is_floating_point() and torch.is_floating_point(lazy)
     assert isinstance(lazy, torch.Tensor) and {lazy: 1}[lazy] == 1 and lazy.element_size() == 4
     assert lazy.stride() == (15, 5, 1) and not lazy.is_cuda and not lazy.is_sparse
     output = CausalLMOutputWithPast(loss=torch.zeros(()), logits=lazy)

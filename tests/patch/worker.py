@@ -70,7 +70,8 @@ def fsdp(make, rank, first):
     fully_shard(model, mesh=mesh, mp_policy=policy)
     if not first:
         report = patch(model)
-        assert report.count("norm") == 5, str(report)
+        assert report.count("norm") == 5 and report.count("linear_cross_entropy") == 1, str(report)
+        assert any("patch before sharding" in entry.reason for entry in report.left), str(report)
     assert swap_of(base) is not None
     check(model, model, make, rank)
     output = model(**batch("right"))
