@@ -5,7 +5,7 @@ registered without its mask would silently get no mask at all.
 """
 
 import inspect
-from types import FunctionType, MethodType
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastft.ops.attention import attention
 from fastft.ops.rotary import rotary
 from fastft.patch.confirm import Unlike, confirm
-from fastft.patch.padding import is_packed
+from fastft.patch.padding import is_packed, wants_weights
 
 NAME = "fastft"
 _ROTARY = "apply_rotary_pos_emb"
@@ -49,12 +49,14 @@ def attention_forward(
     """What transformers' attention modules call: gives (batch, tokens, heads, head_dim), None."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
-    ours = getattr(module, "_fastft_attention", False)
+    ours = getattr(module, "_fastft_attention", None)  # what the module ran before
     extras = any(kwargs.get(name) is not None for name in ("position_bias", "s_aux", "cache"))
-    wants_weights = kwargs.get("output_attentions", False)
+    # Only eager attention has weights to give; not every model says here that they are wanted.
+    asked = kwargs.get("output_attentions") or wants_weights()
+    weights = asked and ours == "eager"
     batch, heads, length, head_dim = query.shape
     same = key.shape[2] == length
-    if ours and not extras and not wants_weights and same and length > 1:
+    if ours and not extras and not weights and same and length > 1:
         if cu_seqlens is None and attention_mask is None:
             cu_seqlens = torch.arange(
                 0, (batch + 1) * length, length, dtype=torch.int32, device=query.device
@@ -68,7 +70,7 @@ def attention_forward(
                 window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
             )  # fmt: skip
             return out.view(batch, length, heads, head_dim), None
-    if kwargs.get("softcap") is not None or wants_weights:
+    if kwargs.get("softcap") is not None or weights:
         return _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -105,7 +107,7 @@ def _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs):
 
 def forward(module: nn.Module, *args, **kwargs):
     """The class's own forward with the fused rotary embedding in place of the module's function."""
-    return MethodType(module._fastft_swap.options, module)(*args, **kwargs)
+    return module._fastft_swap.options(module, *args, **kwargs)
 
 
 def is_candidate(module: nn.Module) -> bool:

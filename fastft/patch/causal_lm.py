@@ -6,11 +6,13 @@ loss function that is not transformers' own take the model's own path.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastft.library import autocast_dtype
 from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, stand_in, undisturbed
@@ -76,18 +78,22 @@ def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> 
 
 
 def forward(module, *args, **kwargs):
+    if torch.compiler.is_compiling():
+        return original_forward(module)(*args, **kwargs)
     arguments = padding.bind(module, args, kwargs)
     options = module._fastft_swap.options
     head = _head(module, options)
     labels = arguments.get("labels")
+    wants_tuple = arguments.get("return_dict", True) is False or not module.config.return_dict
+    if wants_tuple and "use_cache" not in arguments:
+        # A cache left out would move what stands behind it in the tuple.
+        kwargs = {**kwargs, "use_cache": module.config.use_cache}
     if (
         labels is None
         or head is None
-        or torch.compiler.is_compiling()
         or _loss_name(module) != "ForCausalLMLoss"
         or not _keeps_all(arguments.get("logits_to_keep", 0))
-        or arguments.get("return_dict", True) is False
-        or not module.config.return_dict
+        or wants_tuple
     ):
         return original_forward(module)(*args, **kwargs)
     return _forward(module, head, arguments)
@@ -106,18 +112,19 @@ def _forward(module, head: Head, arguments: dict):
     shift_labels = arguments.pop("shift_labels", None)
     ignore_index = arguments.pop("ignore_index", -100)
     targets = _targets(labels, shift_labels, ignore_index)
-    packing = None
+    packing, run = None, nullcontext()
     if swap_of(base) is not None:  # confirmed to take packed rows
         packing = padding.packing_for(base, arguments, keeps_cache=False)
     if packing is not None and _predicts_from_padding(packing, targets, ignore_index):
-        packing = None
+        packing, run = None, padding.kept()
     if packing is not None:
         outputs = padding.run_packed(base, packing, arguments)
         hidden, kept = outputs[0][0], targets.flatten()[packing.places.to(targets.device)]
     else:
-        if module.training and "use_cache" not in arguments and not _has_cache(arguments):
+        if module.training and "use_cache" not in arguments and not _needs_cache(module, arguments):
             arguments["use_cache"] = False
-        outputs = base(**arguments)
+        with run:
+            outputs = base(**arguments)
         hidden, kept = outputs[0].flatten(0, 1), targets.flatten()
     loss = linear_cross_entropy(
         hidden, head, kept.to(hidden.device),
@@ -131,15 +138,20 @@ def _forward(module, head: Head, arguments: dict):
         return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
 
     lazy = LazyLogits(
-        logits, (*labels.shape, head.weight.shape[0]), hidden.dtype, hidden.device,
-        hidden.requires_grad,
+        logits, (*targets.shape, head.weight.shape[0]),
+        autocast_dtype(hidden.device) or hidden.dtype, hidden.device, loss.requires_grad,
     )  # fmt: skip
-    rest = {k: outputs.get(k) for k in ("past_key_values", "hidden_states", "attentions")}
-    return options.output(loss=loss, logits=lazy, **rest)
+    rest = {k: outputs.get(k) for k in options.output.__dataclass_fields__}
+    return options.output(**{**rest, "loss": loss, "logits": lazy})
 
 
-def _has_cache(arguments: dict) -> bool:
-    return arguments.get("past_key_values") is not None
+def _needs_cache(module, arguments: dict) -> bool:
+    """A cache is given, or is one of the outputs in front of others that were asked for."""
+    return (
+        arguments.get("past_key_values") is not None
+        or padding.asks(arguments, module.config, "output_hidden_states")
+        or padding.asks(arguments, module.config, "output_attentions")
+    )
 
 
 def _predicts_from_padding(packing, targets: Tensor, ignore_index: int) -> bool:

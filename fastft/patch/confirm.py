@@ -5,7 +5,6 @@ backward; the module itself, the random state and gradients stay as they were. W
 left alone and reported with its difference, so a new release of a model cannot become wrong.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,7 +30,9 @@ def undisturbed() -> Iterator[None]:
 
 def stand_in(module: nn.Module, parameters: dict, children: dict) -> nn.Module:
     """An instance of the module's class with other parameters and children, and no hooks."""
-    other = copy.copy(module)
+    # Not copy.copy: FSDP's classes make their instances by calling __init__.
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
     for name, value in list(other.__dict__.items()):
         if name.endswith("_hooks") and isinstance(value, dict):
             other.__dict__[name] = type(value)()

@@ -2,13 +2,15 @@
 
 A loss that never needs the logits should not pay for them, and a user who reads `outputs.logits`
 should find them. The tensor knows its shape, dtype and device; any operation on it computes it,
-once.
+once, in the grad mode and under the autocast of the forward that made it.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 _METADATA = {
     Tensor.shape.__get__,
@@ -18,16 +20,26 @@ _METADATA = {
     Tensor.layout.__get__,
     Tensor.is_sparse.__get__,
     Tensor.is_cuda.__get__,
-    Tensor.requires_grad.__get__,
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
     Tensor.stride,
     Tensor.is_floating_point,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
     Tensor.is_complex,
     Tensor.__len__,
     Tensor.__hash__,
     Tensor.element_size,
+}
+# Where nothing is computed yet, there is none.
+_HISTORY = {Tensor.grad_fn.__get__, Tensor._base.__get__}
+_CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
 }
 
 
@@ -36,28 +48,54 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape, dtype, device, requires_grad):
-        return Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
-        )
+        # The wrapper itself requires no gradient: code of PyTorch's that looks past our answer
+        # below would take it for a leaf and lose the gradient silently.
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     def __init__(self, compute, shape, dtype, device, requires_grad):
         self._compute = compute
         self._logits = None
+        self._needs_grad = requires_grad
+        self._hooks = OrderedDict()
+        self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        kind = device.type if isinstance(device, torch.device) else device
+        self._autocast = (
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        )  # fmt: skip
 
     def materialize(self) -> Tensor:
         """The logits as an ordinary tensor."""
         if self._logits is None:
-            self._logits, self._compute = self._compute(), None
+            (inference, grad), (kind, dtype, enabled) = self._modes, self._autocast
+            with (
+                torch.inference_mode(inference),
+                torch.set_grad_enabled(grad),
+                torch.autocast(kind, dtype, enabled),
+            ):
+                self._logits, self._compute = self._compute(), None
+                if self._hooks:
+                    self._logits.register_hook(self._run_hooks)
         return self._logits
+
+    def _run_hooks(self, grad: Tensor) -> Tensor:
+        for hook in tuple(self._hooks.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+    def _hook(self, hook: Callable) -> RemovableHandle:
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
 
     @property
     def is_materialized(self) -> bool:
         return self._logits is not None
 
-    def _as(self, dtype: torch.dtype) -> "LazyLogits":
+    def _then(self, function: Callable, dtype: torch.dtype) -> "LazyLogits":
         return LazyLogits(
-            lambda: self.materialize().to(dtype), self.shape, dtype, self.device,
-            self.requires_grad,
+            lambda: function(self.materialize()), self.shape, dtype, self.device,
+            self._needs_grad,
         )  # fmt: skip
 
     def __repr__(self, **kwargs) -> str:
@@ -75,9 +113,21 @@ class LazyLogits(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        # accelerate turns every output of a mixed-precision step into float32.
-        if func is Tensor.float and not args[0].is_materialized:
-            return args[0]._as(torch.float32)
+        if func == Tensor.requires_grad.__get__:
+            return args[0]._needs_grad
+        if args and isinstance(args[0], cls) and not args[0].is_materialized:
+            # accelerate casts every output of a mixed-precision step to float32, DDP clones them,
+            # and FSDP casts them and hangs a hook on each: none of them reads a value.
+            dtype = _cast(func, args, kwargs)
+            if dtype is not None:
+                same = dtype is args[0].dtype
+                return args[0] if same else args[0]._then(lambda z: z.to(dtype), dtype)
+            if func is Tensor.clone and len(args) == 1 and not kwargs:
+                return args[0]._then(Tensor.clone, args[0].dtype)
+            if func is Tensor.register_hook and args[0]._needs_grad:
+                return args[0]._hook(*args[1:], **kwargs)
+            if func in _HISTORY:
+                return None
         args, kwargs = torch.utils._pytree.tree_map_only(
             cls, lambda lazy: lazy.materialize(), (args, kwargs)
         )
@@ -89,3 +139,13 @@ class LazyLogits(Tensor):
             cls, lambda lazy: lazy.materialize(), (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+def _cast(func: Callable, args: tuple, kwargs: dict) -> torch.dtype | None:
+    """The dtype that a call casts to, if it does nothing else."""
+    if len(args) + len(kwargs) == 1:
+        return _CASTS.get(func)
+    if func is Tensor.to and len(args) + len(kwargs) == 2:
+        target = args[1] if len(args) == 2 else kwargs.get("dtype")
+        return target if isinstance(target, torch.dtype) else None
+    return None

@@ -144,6 +144,9 @@ class _Patcher:
             if swap_of(module) is not None:
                 self.report.add(module, "padding", "left out of training batches")
             return
+        if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+            self.report.leave(module, "padding kept: to be confirmed, patch before sharding")
+            return
         swap(module, "padding", padding.forward)
         try:
             padding.confirm(module)
@@ -167,7 +170,8 @@ class _Patcher:
         attention.register()
         for child in module.modules():
             if getattr(child, "config", None) is config and hasattr(child, "is_causal"):
-                child._fastft_attention = True
+                if before != attention.NAME or not hasattr(child, "_fastft_attention"):
+                    child._fastft_attention = before
                 self.report.add(child, "attention", "attention")
         if before != attention.NAME:
             module._fastft_attention_before = before

@@ -7,7 +7,7 @@ The tokens of all rows are laid end to end as one row, (1, tokens); attention is
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +21,28 @@ _state = threading.local()
 
 def is_packed() -> bool:
     """Whether a packed forward is running in this thread: then no mask is wanted."""
-    return getattr(_state, "packed", False)
+    return not torch.compiler.is_compiling() and getattr(_state, "packed", False)
+
+
+def wants_weights() -> bool:
+    """Whether the forward running in this thread was asked for attention weights."""
+    return not torch.compiler.is_compiling() and getattr(_state, "weights", False)
 
 
 @contextmanager
-def _packed() -> Iterator[None]:
-    before, _state.packed = is_packed(), True
+def _during(**flags: bool) -> Iterator[None]:
+    before = dict(vars(_state))
+    vars(_state).update(flags)
     try:
         yield
     finally:
-        _state.packed = before
+        vars(_state).clear()
+        vars(_state).update(before)
+
+
+def kept() -> AbstractContextManager[None]:
+    """Inside, base models compute padded places as well."""
+    return _during(kept=True)
 
 
 @dataclass(frozen=True)
@@ -100,9 +112,8 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
         or arguments.get("past_key_values") is not None
         or (arguments.get("use_cache") if "use_cache" in arguments else keeps_cache)
         or arguments.get("cu_seq_lens_q") is not None
-        or torch.compiler.is_compiling()
-        or _asks(arguments, config, "output_attentions")
-        or _asks(arguments, config, "output_hidden_states")
+        or asks(arguments, config, "output_attentions")
+        or asks(arguments, config, "output_hidden_states")
         or any(
             isinstance(value, Tensor) and not _is_per_token(name, value, mask)
             for name, value in arguments.items()
@@ -115,9 +126,10 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
     return packing
 
 
-def _asks(arguments: dict, config, name: str) -> bool:
+def asks(arguments: dict, config, name: str) -> bool:
     asked = arguments.get(name)
-    return bool(getattr(config, name, False) if asked is None else asked)
+    asked = getattr(config, name, None) if asked is None else asked
+    return asked is not None and asked is not False  # the number 0 asks for a layer's states
 
 
 def _is_per_token(name: str, value: Tensor, mask: Tensor) -> bool:
@@ -140,17 +152,21 @@ def run_packed(base, packing: Packing, arguments: dict):
         packed["position_ids"] = packing.columns()
     packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = packing.cu_seqlens
     packed["max_length_q"] = packed["max_length_k"] = packing.longest
-    with _packed():
+    with _during(packed=True):
         return base(**packed)
 
 
 def forward(module: nn.Module, *args, **kwargs):
+    if torch.compiler.is_compiling():  # the number of real tokens is not known then
+        return original_forward(module)(*args, **kwargs)
     arguments = bind(module, args, kwargs)
     packing = None
-    if not is_packed() and arguments.get("return_dict") is not False:
+    returns_dict = arguments.get("return_dict", getattr(module.config, "return_dict", True))
+    if not is_packed() and not getattr(_state, "kept", False) and returns_dict is not False:
         packing = packing_for(module, arguments, keeps_cache=not module.training)
     if packing is None:
-        return original_forward(module)(*args, **kwargs)
+        with _during(weights=asks(arguments, module.config, "output_attentions")):
+            return original_forward(module)(*args, **kwargs)
     output = run_packed(original_forward(module), packing, arguments)
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output

@@ -4,11 +4,12 @@ Nothing but the instance changes: its `forward` attribute and one attribute of o
 which travel with `copy.deepcopy` and stay out of `state_dict`. Classes are never touched.
 """
 
-import functools
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -25,8 +26,17 @@ class Swap:
     original: Callable | None = None  # a forward the instance had of its own; None: its class's
     active: bool = True
 
+    def __deepcopy__(self, memo) -> "Swap":
+        # The original may be bound to the module that is being copied.
+        return replace(self, original=copy.deepcopy(self.original, memo))
 
-@functools.cache
+    def __reduce__(self):
+        raise TypeError(
+            "a patched module cannot be pickled: unpatch it first, or save its state_dict"
+        )
+
+
+@cache
 def _trampoline(cls: type) -> Callable:
     """A forward of the class's signature: Trainer and generate read it to learn the arguments."""
 
@@ -38,6 +48,7 @@ def _trampoline(cls: type) -> Callable:
 
     # Not functools.wraps: accelerate unwinds __wrapped__ and would drop the swap.
     forward.__signature__ = inspect.signature(cls.forward)
+    forward.is_fastft = True
     return forward
 
 
@@ -54,7 +65,8 @@ def swap_of(module: nn.Module) -> Swap | None:
 def original_forward(module: nn.Module) -> Callable:
     """The forward that ran before the swap, bound to this module."""
     before = module._fastft_swap.original
-    return before if before is not None else MethodType(type(module).forward, module)
+    # partial rather than MethodType, which torch.compile cannot trace.
+    return before if before is not None else partial(type(module).forward, module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -63,8 +75,9 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return getattr(forward, "__func__", None) is _trampoline(type(module))
+    # By a mark: FSDP and parametrizations give a module another class after it was patched.
+    function = getattr(module.__dict__.get("forward"), "__func__", None)
+    return getattr(function, "is_fastft", False)
 
 
 def undo(module: nn.Module) -> str | None:

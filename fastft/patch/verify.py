@@ -12,7 +12,8 @@ from fastft.patch.padding import evaluating
 from fastft.patch.swap import swap_of, switched_off
 
 # Two orders of summation may differ by this much through a deep model, relative to the tensor.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# transformers' norms and losses compute in float32 even where the model is float64.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
