@@ -45,6 +45,14 @@ inline void check_vector(const Tensor& t, const char* name, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, ": expected shape (", size, ")");
 }
 
+// What a forward left for its backward: read as it lies.
+inline const float* floats_of(const Tensor& t, const char* name, int64_t size) {
+  check_vector(t, name, size);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
+                  ": expected contiguous float32");
+  return static_cast<const float*>(t.data_ptr());
+}
+
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 inline int64_t row_stride_or_zero(const OptionalTensor& t) { return t ? t->stride(0) : 0; }
 

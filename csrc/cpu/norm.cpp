@@ -1,8 +1,7 @@
 // RMSNorm and LayerNorm: one read of the row and one write, statistics and sums in float32.
 #include "norm.h"
 
-#include <vector>
-
+#include "scratch.h"
 #include "vec.h"
 
 namespace fastft::FASTFT_ISA {
@@ -82,12 +81,10 @@ void backward_row(const NormBackward& a, int64_t row, float* dweight, float* dbi
 void norm_forward(const NormForward& a) {
   by_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel if (a.rows * a.hidden >= kGrain)
-    {
-      std::vector<float> scratch(a.hidden);
-#pragma omp for
-      for (int64_t row = 0; row < a.rows; ++row) forward_row<T>(a, row, scratch.data());
-    }
+    const int threads = threads_for(a.rows, a.rows * a.hidden >= kGrain);
+    Scratch scratch(a.hidden, threads);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < a.rows; ++row) forward_row<T>(a, row, scratch.own());
   });
 }
 
