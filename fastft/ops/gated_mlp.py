@@ -18,8 +18,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import operator
+from fastft.library import distinct, needs_autograd, operator
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -72,6 +73,7 @@ class _GatedMlp(torch.autograd.Function):
         return _gated_mlp(gate, up, activation)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         gate_grad, up_grad, _ = ctx.needs_input_grad
@@ -106,7 +108,7 @@ def gated_mlp(
         raise ValueError(
             f"up: expected shape {tuple(gate.shape)} as gate has, got {tuple(up.shape)}"
         )
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _GatedMlp.apply(gate, up, activation)
+    if needs_autograd(gate, up):
+        return _GatedMlp.apply(*distinct(gate, up), activation)
     # Decoding makes thousands of small calls, which the autograd Function would slow twofold.
     return _gated_mlp(gate, up, activation)

@@ -13,8 +13,9 @@ are kept in float32. Gradients, with n the normalised row and m = dy * weight:
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import operator, rows_of
+from fastft.library import distinct, needs_autograd, operator, rows_of
 
 
 def _normalised(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -101,6 +102,7 @@ class _Norm(torch.autograd.Function):
         return (y, total) if ctx.has_residual else y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dtotal=None):
         x, weight, mean, rstd = ctx.saved_tensors
         _, residual_grad, weight_grad, bias_grad, *_ = ctx.needs_input_grad
@@ -141,11 +143,15 @@ def _check(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None
 
 
 def _norm(x, residual, weight, bias, eps, offset, center):
-    rows = None if residual is None else rows_of(residual)
-    out = _Norm.apply(rows_of(x), rows, weight, bias, eps, offset, center)
-    if residual is None:
-        return out.view(x.shape)
-    return out[0].view(x.shape), out[1].view(x.shape)
+    tensors = rows_of(x), None if residual is None else rows_of(residual), weight, bias
+    if needs_autograd(x, residual, weight, bias):
+        out = _Norm.apply(*distinct(*tensors), eps, offset, center)
+        y, total = (out, None) if residual is None else out
+    elif center:
+        y, total, *_ = _layer_norm(*tensors, eps)
+    else:
+        y, total, _ = _rms_norm(*tensors[:3], eps, offset)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
 
 
 def rms_norm(
