@@ -66,8 +66,10 @@ inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like
 
 // A contiguous float32 copy, or the tensor itself where it already is one.
 inline Tensor as_float(const Tensor& t) {
-  Tensor same = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-  return torch::stable::contiguous(same);
+  // Asked first, because a call of PyTorch costs as much as a small kernel.
+  if (t.scalar_type() != ScalarType::Float)
+    return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // (blocks, hidden) partial sums, made by fixed blocks of rows: added up in the same order always.

@@ -7,8 +7,10 @@
 namespace fastft::FASTFT_ISA {
 namespace {
 
+// `values` are the row's as float32: the row itself, or `scratch`.
 template <class T>
 void forward_row(const NormForward& a, int64_t row, float* scratch) {
+  const float* values = scratch;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
   T* y = static_cast<T*>(a.y) + row * a.hidden;
   Vec sums{};
@@ -20,6 +22,12 @@ void forward_row(const NormForward& a, int64_t row, float* scratch) {
       store(total + i, load(x + i, n) + load(residual + i, n), n);
       Vec value = load(total + i, n);
       store(scratch + i, value, n);
+      sums += a.center ? value : value * value;
+    });
+  } else if constexpr (std::is_same_v<T, float>) {
+    values = x;
+    for_each_vec(a.hidden, [&](int64_t i, auto n) {
+      Vec value = load(x + i, n);
       sums += a.center ? value : value * value;
     });
   } else {
@@ -34,7 +42,7 @@ void forward_row(const NormForward& a, int64_t row, float* scratch) {
     mean = square / a.hidden;
     Vec squares{};
     for_each_vec(a.hidden, [&](int64_t i, auto n) {
-      Vec centred = load(scratch + i, n, mean) - mean;
+      Vec centred = load(values + i, n, mean) - mean;
       squares = fma(centred, centred, squares);
     });
     square = sum(squares);
@@ -43,7 +51,7 @@ void forward_row(const NormForward& a, int64_t row, float* scratch) {
   float rstd = 1.f / std::sqrt(square / a.hidden + a.eps);
   a.rstd[row] = rstd;
   for_each_vec(a.hidden, [&](int64_t i, auto n) {
-    Vec value = (load(scratch + i, n) - mean) * rstd;
+    Vec value = (load(values + i, n) - mean) * rstd;
     if (a.weight) value *= load(a.weight + i, n);
     if (a.bias) value += load(a.bias + i, n);
     store(y + i, value, n);

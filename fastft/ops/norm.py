@@ -87,6 +87,22 @@ def _layer_norm_backward(dy, dtotal, x, weight, mean, rstd, weight_grad, bias_gr
     return _backward(dy, dtotal, x, weight, mean, rstd, 0.0, weight_grad, bias_grad)
 
 
+# Where PyTorch's own LayerNorm, one pass already, is as fast or faster: below so many elements (0.7
+# to 1 of the kernel's time for 64 rows of 768), twice as many without a residual, and in float32
+# without one at any size (a tie up to 2,048 rows of 1,024). Measured on one core; in half precision
+# the kernel leads by 1.3 to 1.8 from 512 rows on.
+_EAGER_BELOW = 1 << 16
+
+
+def _eager_layer_norm_wins(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> bool:
+    if not x.is_cpu or torch.compiler.is_compiling() or not _EAGER_BELOW:
+        return False
+    if any(v is not None and v.dtype is not x.dtype for v in vectors):
+        return False
+    plain = residual is None and x.dtype is torch.float32
+    return plain or x.numel() < (1 if residual is not None else 2) * _EAGER_BELOW
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, offset, center):
@@ -151,7 +167,9 @@ def _norm(x, residual, weight, bias, eps, offset, center):
         y, total, *_ = _layer_norm(*tensors, eps)
     else:
         y, total, _ = _rms_norm(*tensors[:3], eps, offset)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+    if x.dim() != 2:
+        y, total = y.view(x.shape), total if residual is None else total.view(x.shape)
+    return y if residual is None else (y, total)
 
 
 def rms_norm(
@@ -186,4 +204,8 @@ def layer_norm(
     Arguments, dtypes, returns and errors as for `rms_norm`.
     """
     _check(x, residual, weight=weight, bias=bias)
+    if _eager_layer_norm_wins(x, residual, weight, bias):
+        total = x if residual is None else x + residual
+        y = torch.nn.functional.layer_norm(total, x.shape[-1:], weight, bias, eps)
+        return y if residual is None else (y, total.contiguous())
     return _norm(x, residual, weight, bias, eps, 0.0, True)

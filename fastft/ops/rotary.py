@@ -112,9 +112,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_axis: int) -> No
             f"got {tuple(shape)}"
         )
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        raise ValueError(
-            "cos and sin: expected tensors that need no gradient: they get none"
-        )
+        raise ValueError("cos and sin: expected tensors that need no gradient: they get none")
     if sin.shape != shape:
         raise ValueError(f"sin: expected shape {tuple(shape)} as cos has, got {tuple(sin.shape)}")
 
