@@ -49,7 +49,9 @@ def compile_kernels(compiler: list[str], folder: Path) -> list[str]:
             subprocess.check_call([*compiler, *flags, *asked, "-c", source, "-o", str(out)])
         return str(out)
 
-    jobs = [(source, isa) for source in files("csrc/cpu/*.cpp") for isa in ISA_FLAGS]
+    # The baseline first: should two objects hold one inline function of the standard library, which
+    # optimisation usually leaves in none, the linker keeps the first, that every processor can run.
+    jobs = [(source, isa) for isa in ISA_FLAGS for source in files("csrc/cpu/*.cpp")]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(compile_one, jobs))
 
@@ -97,7 +99,13 @@ def native_parts() -> dict:
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
+<<<<<<< HEAD
         sys.exit(f"fastft builds against the torch you use, and this build sees none: {needed}")
+=======
+        sys.exit(
+            f"fastft builds against the torch you use, and this environment has none: {needed}"
+        )
+>>>>>>> adversary
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         sys.exit(f"fastft does not work with torch {torch.__version__}: {needed}")
     return extension_and_command(cpp_extension)

@@ -61,6 +61,7 @@ struct Call {
     a.cu_q = cu_q.data(), a.cu_k = cu_k.data(), a.sequences = int64_t(cu_q.size()) - 1;
     a.scale = float(scale), a.softcap = float(softcap), a.dropout = float(dropout);
     int64_t all = a.tokens_q + a.tokens_k;
+    window = std::min<int64_t>(window, all);
     a.back = window < 0 ? all : causal ? window - 1 : window;
     a.ahead = causal ? 0 : window < 0 ? all : window;
     if (dropout > 0) {

@@ -1,7 +1,21 @@
 // Which instruction set this processor has, found once.
 #include "cpu/isa.h"
 
+#if defined(FASTFT_X86)
+#include <cpuid.h>
+#endif
+
 namespace fastft {
+
+#if defined(FASTFT_X86)
+namespace {
+// A virtual machine may hide it; not every compiler's cpu_supports knows the name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+}  // namespace
+#endif
 
 Isa best_isa() {
 #if defined(FASTFT_X86)
@@ -11,7 +25,8 @@ Isa best_isa() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       return Isa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+      return Isa::avx2;
     return Isa::baseline;
   }();
   return best;

@@ -62,9 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   a.x = x.data_ptr(), a.x_stride = x.stride(0);
   a.dy = dy.data_ptr(), a.dy_stride = dy.stride(0);
   a.dtotal = data_or_null(dtotal), a.dtotal_stride = row_stride_or_zero(dtotal);
-  check_vector(rstd, "rstd", a.rows);
-  a.rstd = static_cast<const float*>(rstd.data_ptr());
-  a.mean = static_cast<const float*>(data_or_null(mean));
+  a.rstd = floats_of(rstd, "rstd", a.rows);
+  if (mean) a.mean = floats_of(*mean, "mean", a.rows);
   std::optional<Tensor> weights;
   std::vector<float> shifted;
   if (weight) {

@@ -45,6 +45,14 @@ inline void check_vector(const Tensor& t, const char* name, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, ": expected shape (", size, ")");
 }
 
+// What a forward left for its backward: read as it lies.
+inline const float* floats_of(const Tensor& t, const char* name, int64_t size) {
+  check_vector(t, name, size);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
+                  ": expected contiguous float32");
+  return static_cast<const float*>(t.data_ptr());
+}
+
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 inline int64_t row_stride_or_zero(const OptionalTensor& t) { return t ? t->stride(0) : 0; }
 
@@ -58,8 +66,10 @@ inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like
 
 // A contiguous float32 copy, or the tensor itself where it already is one.
 inline Tensor as_float(const Tensor& t) {
-  Tensor same = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-  return torch::stable::contiguous(same);
+  // Asked first, because a call of PyTorch costs as much as a small kernel.
+  if (t.scalar_type() != ScalarType::Float)
+    return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // (blocks, hidden) partial sums, made by fixed blocks of rows: added up in the same order always.

@@ -8,6 +8,9 @@ compiled kernels take a device's key when they load, so the dispatcher alone cho
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("fastft", "DEF")
 _references: dict[str, Callable] = {}
@@ -51,7 +54,7 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
         _references[name] = reference
 
         def call(*args):
-            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            first = args[0] if isinstance(args[0], Tensor) else args[0][0]
             return (reference if first.dtype is torch.float64 else op)(*args)
 
         call.op, call.reference = op, reference
@@ -97,7 +100,32 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def rows_of(x: torch.Tensor) -> torch.Tensor:
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its autograd Function rather than straight to the operator.
+
+    The Function also refuses forward-mode derivatives and torch.func's transforms, which the
+    operator alone would pass by without a word.
+    """
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, those that came before replaced by views: a trace takes no tensor twice."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [
+        t if t is None or all(t is not other for other in tensors[:i]) else t.view_as(t)
+        for i, t in enumerate(tensors)
+    ]
+
+
+def rows_of(x: Tensor) -> Tensor:
     """x as (rows, last dimension) with a contiguous last dimension; a view where that is possible.
 
     The kernels read rows at any distance from each other, so slices along the rows are not copied.

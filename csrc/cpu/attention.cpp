@@ -40,9 +40,11 @@ float softmax_row(const AttentionForward& a, const Item& s, float* row, int64_t 
   }
   float largest = fold(maxima, [](Vec x, Vec y) { return max(x, y); })[0];
   largest = std::max(largest, state.max);
+  // Products that overflow to -inf count for nothing beside finite ones, here or further on.
+  float shift = largest == -std::numeric_limits<float>::infinity() ? 0.f : largest;
   Vec sums{};
   for (int64_t c = begin; c < end; c += kWidth) {
-    Vec p = exp_of_difference(load(row + c) - largest);
+    Vec p = exp_of_difference(load(row + c) - shift);
     store(row + c, p);
     sums += p;
   }
@@ -80,10 +82,19 @@ void score_panel(const Keys& keys, Rows q, int64_t dim, int64_t block, int rows,
     }
 }
 
-// Queries [first, last) of one head over all keys.
+// Whether all values of [begin, end) are finite; the padding of `rows` is.
+bool all_finite(Rows rows, Span span, int64_t padded) {
+  Vec zeros{};
+  for (int64_t row = span.begin; row < span.end; ++row)
+    for (int64_t c = 0; c < padded; c += kWidth) zeros = fma(load(rows[row] + c), Vec{}, zeros);
+  return fold(zeros, [](Vec x, Vec y) { return x + y; })[0] == 0;
+}
+
+// Queries [first, last) of one head over all keys; each `alone` where rows that share a panel would
+// meet, with a probability of 0, the values that only others see.
 template <class T>
 void forward_block(const AttentionForward& a, const Item& s, int64_t head, int64_t first,
-                   int64_t last, const Keys& keys, Rows values, float* scratch) {
+                   int64_t last, const Keys& keys, Rows values, bool alone, float* scratch) {
   int64_t padded = round_up(a.dim, kWidth);
   float* out = scratch;
   float* scores = out + kQueries * padded;
@@ -96,7 +107,7 @@ void forward_block(const AttentionForward& a, const Item& s, int64_t head, int64
   for (int64_t block = all.begin / kKeys * kKeys; block < all.end; block += kKeys) {
     int64_t width = std::min(kKeys, s.keys - block);
     for (int64_t row = 0; row < last - first;) {
-      int rows = next_rows(last - first - row);
+      int rows = alone ? 1 : next_rows(last - first - row);
       Span seen = keys_seen(a, s, first + row, first + row + rows - 1);
       seen = clip({seen.begin - block, seen.end - block}, 0, width);
       if (!seen.empty()) {
@@ -112,15 +123,16 @@ void forward_block(const AttentionForward& a, const Item& s, int64_t head, int64
             for (int64_t c = 0; c < padded; c += kWidth)
               store(sums + c, load(sums + c) * correction);
         }
-        product({scores + begin, kKeys, 1, values[block + begin], values.stride,
-                 out + row * padded, padded, std::min(end, width) - begin, true},
+        product({scores + seen.begin, kKeys, 1, values[block + seen.begin], values.stride,
+                 out + row * padded, padded, seen.end - seen.begin, true},
                 rows, 0, padded);
       }
       row += rows;
     }
   }
   for (int64_t row = 0; row < last - first; ++row) {
-    float total = state[row].sum, inverse = total == 0 ? 0.f : 1.f / total;
+    bool blind = keys_seen(a, s, first + row, first + row).empty();
+    float total = state[row].sum, inverse = blind ? 0.f : 1.f / total;
     int64_t token = s.q0 + first + row;
     T* to = static_cast<T*>(a.out) + (token * a.heads + head) * a.dim;
     for_each_vec(a.dim, [&](int64_t i, auto n) {
@@ -147,9 +159,12 @@ void forward_item(const AttentionForward& a, const Item& s, Span chunk, float* s
     keys.transposed = scratch;
   }
   Rows v = float_rows(at<T>(a.v, s.k0, s.kv_head), a.v.token_stride, s.keys, a.dim, values);
+  // 0 times infinity or NaN is NaN.
+  bool alone = chunk.end - chunk.begin > 1 && !all_finite(v, seen, padded);
   for (int64_t head = s.kv_head * groups; head < (s.kv_head + 1) * groups; ++head)
     for (int64_t first = chunk.begin; first < chunk.end; first += kQueries)
-      forward_block<T>(a, s, head, first, std::min(first + kQueries, chunk.end), keys, v, rest);
+      forward_block<T>(a, s, head, first, std::min(first + kQueries, chunk.end), keys, v, alone,
+                       rest);
 }
 
 }  // namespace
@@ -158,17 +173,18 @@ void attention_forward(const AttentionForward& a) {
   int64_t keys = round_up(longest(a.cu_k, a.sequences), kKeys), padded = round_up(a.dim, kWidth);
   int64_t chunks = (longest(a.cu_q, a.sequences) + kChunk - 1) / kChunk;
   int64_t items = a.sequences * a.kv_heads * chunks;
+  const int threads = threads_for(items, work_of(a) >= 16 * kGrain);
   by_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel if (work_of(a) >= 16 * kGrain)
+    Scratch scratch(2 * keys * padded + 2 * kQueries * padded + kTileRows * kKeys, threads);
+#pragma omp parallel num_threads(threads)
     {
-      Scratch scratch(2 * keys * padded + 2 * kQueries * padded + kTileRows * kKeys);
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < items; ++i) {
         Item s = item_of(a, i / chunks / a.kv_heads, i / chunks % a.kv_heads);
         // The last chunk first: under a causal mask it is the longest.
         int64_t begin = (chunks - 1 - i % chunks) * kChunk;
-        forward_item<T>(a, s, {begin, std::min(begin + kChunk, s.queries)}, scratch.data);
+        forward_item<T>(a, s, {begin, std::min(begin + kChunk, s.queries)}, scratch.own());
       }
     }
   });

@@ -4,6 +4,7 @@
 #include "attention_block.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace fastft::FASTFT_ISA {
@@ -47,7 +48,8 @@ void gradient_row(const AttentionForward& a, const Item& s, float* p_row, float*
       t = a.softcap * capped;
       slope *= 1.f - capped * capped;
     }
-    Vec p = exp_of_difference(t - lse), dp = load(ds_row + c), kept = p;
+    // Above 0 by rounding alone: large scores, added up in another order than forward.
+    Vec p = exp_of_difference(min(Vec{}, t - lse)), dp = load(ds_row + c), kept = p;
     if (a.dropout != 0) {
       Vec factor = dropout(s.k0 + block + c);
       dp *= factor, kept *= factor;
@@ -191,27 +193,37 @@ void add_groups(const AttentionForward& a, const float* partial, T* out) {
       });
 }
 
+void clear_keys(const AttentionBackward& b) {
+  const AttentionForward& a = b.forward;
+  int64_t size = a.tokens_k * a.kv_heads * a.dim * (a.dtype == DType::float32 ? 4 : 2);
+  if (b.dk) std::memset(b.dk, 0, size);
+  if (b.dv) std::memset(b.dv, 0, size);
+}
+
 }  // namespace
 
 void attention_backward(const AttentionBackward& b) {
   const AttentionForward& a = b.forward;
   int64_t groups = a.heads / a.kv_heads;
+  // Without query heads, keys and values get gradients of 0 all the same.
+  if (groups == 0) return clear_keys(b);
   // Few sequences leave cores idle unless the heads of a group are separate items; fixed by the
   // shapes alone, so that the bits do not depend on the threads.
   bool split = groups > 1 && a.sequences * a.kv_heads < kFewItems;
   int64_t heads = split ? 1 : groups, items = a.sequences * a.heads / heads;
   Scratch partial(split ? 2 * a.heads * a.tokens_k * a.dim : 0);
   int64_t queries = longest(a.cu_q, a.sequences);
+  const int threads = threads_for(items, work_of(a) >= 16 * kGrain);
   by_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel if (work_of(a) >= 16 * kGrain)
+    Scratch scratch(Backward::size(a) + heads * queries * (1 + round_up(a.dim, kWidth)), threads);
+#pragma omp parallel num_threads(threads)
     {
-      Scratch scratch(Backward::size(a) + heads * queries * (1 + round_up(a.dim, kWidth)));
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < items; ++i) {
         int64_t per_sequence = a.heads / heads, head = i % per_sequence * heads;
         Item s = item_of(a, i / per_sequence, head / groups);
-        backward_item<T>(b, s, head, heads, split ? partial.data : nullptr, scratch.data);
+        backward_item<T>(b, s, head, heads, split ? partial.data : nullptr, scratch.own());
       }
     }
     if (split && b.dk) add_groups(a, partial.data, static_cast<T*>(b.dk));

@@ -2,24 +2,15 @@
 #pragma once
 
 #include <algorithm>
-#include <new>
 
 #include "attention.h"
+#include "scratch.h"
 #include "tile.h"
 
 namespace fastft::FASTFT_ISA {
 
 constexpr int64_t kKeys = 64;     // keys of a block
 constexpr int64_t kQueries = 48;  // queries of a block
-
-// Memory that nobody clears first.
-struct Scratch {
-  explicit Scratch(int64_t size)
-      : data(static_cast<float*>(::operator new(size * 4 + 64, std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  float* data;
-};
 
 struct Span {
   int64_t begin, end;

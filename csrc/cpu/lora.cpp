@@ -3,8 +3,7 @@
 #include "lora.h"
 
 #include <algorithm>
-#include <vector>
-
+#include "scratch.h"
 #include "vec.h"
 
 namespace fastft::FASTFT_ISA {
@@ -164,20 +163,18 @@ void low_rank_dot(const LowRank& a) {
   by_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     bool converts = a.mask || !std::is_same_v<T, float>;
-#pragma omp parallel if (a.rows * a.columns >= kGrain)
-    {
-      std::vector<float> scratch(converts ? 4 * a.columns : 0);
-#pragma omp for
-      for (int64_t row = 0; row < a.rows; row += 4) {
-        int64_t count = std::min<int64_t>(4, a.rows - row);
-        const float* rows[4];
-        for (int64_t m = 0; m < count; ++m)
-          rows[m] = masked_row<T>(a, row + m, scratch.data() + (converts ? m * a.columns : 0));
-        if (count == 4)
-          dot_rows<4>(rows, a, row);
-        else
-          for (int64_t m = 0; m < count; ++m) dot_rows<1>(rows + m, a, row + m);
-      }
+    const int threads = threads_for((a.rows + 3) / 4, a.rows * a.columns >= kGrain);
+    Scratch scratch(converts ? 4 * a.columns : 0, threads);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < a.rows; row += 4) {
+      int64_t count = std::min<int64_t>(4, a.rows - row);
+      const float* rows[4];
+      for (int64_t m = 0; m < count; ++m)
+        rows[m] = masked_row<T>(a, row + m, scratch.own() + (converts ? m * a.columns : 0));
+      if (count == 4)
+        dot_rows<4>(rows, a, row);
+      else
+        for (int64_t m = 0; m < count; ++m) dot_rows<1>(rows + m, a, row + m);
     }
   });
 }

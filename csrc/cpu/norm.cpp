@@ -1,15 +1,16 @@
 // RMSNorm and LayerNorm: one read of the row and one write, statistics and sums in float32.
 #include "norm.h"
 
-#include <vector>
-
+#include "scratch.h"
 #include "vec.h"
 
 namespace fastft::FASTFT_ISA {
 namespace {
 
+// `values` are the row's as float32: the row itself, or `scratch`.
 template <class T>
 void forward_row(const NormForward& a, int64_t row, float* scratch) {
+  const float* values = scratch;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
   T* y = static_cast<T*>(a.y) + row * a.hidden;
   Vec sums{};
@@ -21,6 +22,12 @@ void forward_row(const NormForward& a, int64_t row, float* scratch) {
       store(total + i, load(x + i, n) + load(residual + i, n), n);
       Vec value = load(total + i, n);
       store(scratch + i, value, n);
+      sums += a.center ? value : value * value;
+    });
+  } else if constexpr (std::is_same_v<T, float>) {
+    values = x;
+    for_each_vec(a.hidden, [&](int64_t i, auto n) {
+      Vec value = load(x + i, n);
       sums += a.center ? value : value * value;
     });
   } else {
@@ -35,7 +42,7 @@ void forward_row(const NormForward& a, int64_t row, float* scratch) {
     mean = square / a.hidden;
     Vec squares{};
     for_each_vec(a.hidden, [&](int64_t i, auto n) {
-      Vec centred = load(scratch + i, n, mean) - mean;
+      Vec centred = load(values + i, n, mean) - mean;
       squares = fma(centred, centred, squares);
     });
     square = sum(squares);
@@ -44,7 +51,7 @@ void forward_row(const NormForward& a, int64_t row, float* scratch) {
   float rstd = 1.f / std::sqrt(square / a.hidden + a.eps);
   a.rstd[row] = rstd;
   for_each_vec(a.hidden, [&](int64_t i, auto n) {
-    Vec value = (load(scratch + i, n) - mean) * rstd;
+    Vec value = (load(values + i, n) - mean) * rstd;
     if (a.weight) value *= load(a.weight + i, n);
     if (a.bias) value += load(a.bias + i, n);
     store(y + i, value, n);
@@ -82,12 +89,10 @@ void backward_row(const NormBackward& a, int64_t row, float* dweight, float* dbi
 void norm_forward(const NormForward& a) {
   by_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel if (a.rows * a.hidden >= kGrain)
-    {
-      std::vector<float> scratch(a.hidden);
-#pragma omp for
-      for (int64_t row = 0; row < a.rows; ++row) forward_row<T>(a, row, scratch.data());
-    }
+    const int threads = threads_for(a.rows, a.rows * a.hidden >= kGrain);
+    Scratch scratch(a.hidden, threads);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < a.rows; ++row) forward_row<T>(a, row, scratch.own());
   });
 }
 

@@ -31,8 +31,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import autocast_dtype, operator
+from fastft.library import autocast_dtype, distinct, needs_autograd, operator
 
 
 class AttentionOptions(NamedTuple):
@@ -162,6 +163,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         needed = ctx.needs_input_grad[:3]
         grads = _attention_backward(_rows(dout), *ctx.saved_tensors, *ctx.options, *needed)
@@ -264,7 +266,7 @@ def attention(
             f"{query.shape[0]} queries, got None"
         )
     options = AttentionOptions(
-        query.shape[2] ** -0.5 if scale is None else float(scale),
+        max(query.shape[2], 1) ** -0.5 if scale is None else float(scale),
         causal,
         -1 if window is None else window,
         0.0 if softcap is None else float(softcap),
@@ -278,4 +280,8 @@ def attention(
         drawn = torch.tensor(seed, device=query.device)
     query, key, value = (_rows(x) for x in (query, key, value))
     cu_q = cu_seqlens_q.to(query.device)
-    return _Attention.apply(query, key, value, cu_q, cu_seqlens_k, drawn, options)
+    if needs_autograd(query, key, value):
+        tensors = distinct(query, key, value, cu_q, cu_seqlens_k, drawn)
+        return _Attention.apply(*tensors, options)
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k
+    return _attention(query, key, value, cu_q, cu_k, drawn, *options)[0]

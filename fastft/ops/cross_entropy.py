@@ -161,6 +161,8 @@ def check_weight(weight: Tensor | None, num_items, reduction: str, vocab: int) -
         raise ValueError(f"weight: expected shape ({vocab},), got {tuple(weight.shape)}")
     if weight is not None and not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor, got {weight.dtype}")
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight: expected a tensor that needs no gradient: it gets none")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: expected reduction 'mean' with it, got {reduction!r}")
     if isinstance(num_items, Tensor) and num_items.numel() != 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.library import autocast_dtype, implement, operator, rows_of
+from fastft.library import autocast_dtype, distinct, implement, operator, rows_of
 from fastft.ops import gemm
 from fastft.ops.cross_entropy import (
     LossOptions,
@@ -242,9 +242,8 @@ def linear_cross_entropy(
     needs = [grad and t is not None and t.requires_grad for t in tensors]
     flat, each = labels.reshape(-1), chosen.reduction == "none"
     numbers = [float(lora_scale), *chosen.numbers(head.logit_scale)]
-    out = _LinearCrossEntropy.apply(
-        rows_of(tensors[0]), *tensors[1:], flat, weight, (chosen.ignore_index, numbers, needs, each)
-    )
+    tensors = distinct(rows_of(tensors[0]), *tensors[1:], flat, weight)
+    out = _LinearCrossEntropy.apply(*tensors, (chosen.ignore_index, numbers, needs, each))
     if each:
         return out.view(labels.shape)
     if chosen.reduction == "sum":

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import autocast_dtype, implement, operator, rows_of
+from fastft.library import autocast_dtype, distinct, implement, operator, rows_of
 from fastft.ops import gemm
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum, wide_dtype
 
@@ -197,6 +198,7 @@ class _Lora(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dys):
         x, *tensors = ctx.saved_tensors
         saved = _Saved.of(ctx.group, tensors)
@@ -266,7 +268,7 @@ def lora_shared(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
     Raises: ValueError or TypeError that names the argument.
     """
     rows, tensors = prepare(x, linears)
-    ys = _Lora.apply(_Group.of(linears), rows, *tensors)
+    ys = _Lora.apply(_Group.of(linears), *distinct(rows, *tensors))
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 

@@ -8,8 +8,9 @@ that makes the gradients of gate and up writes it again.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import rows_of
+from fastft.library import distinct, rows_of
 from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp, _gated_mlp_backward
 from fastft.ops.lora import LoraLinear, _Group, _lora, _Saved, _unflatten, prepare
 
@@ -37,6 +38,7 @@ class _LoraMlp(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, gate, up, *tensors = ctx.saved_tensors
         inner, outer = _Saved.of(ctx.inner, tensors[:10]), _Saved.of(ctx.outer, tensors[10:])
@@ -76,6 +78,6 @@ def lora_mlp(
     _, last = prepare(rows.new_empty(0, intermediate), (undropped,))
     p = down.dropout if down.a is not None else 0.0
     y = _LoraMlp.apply(
-        _Group.of((gate, up)), _Group.of((down,)), activation, p, rows, *first, *last
+        _Group.of((gate, up)), _Group.of((down,)), activation, p, *distinct(rows, *first, *last)
     )
     return y.view(*x.shape[:-1], y.shape[-1])

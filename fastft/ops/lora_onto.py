@@ -5,8 +5,9 @@ out = y + s D(x) A^T B^T         see fastft.ops.lora for the gradients
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import rows_of
+from fastft.library import distinct, rows_of
 from fastft.ops.lora import LoraLinear, _Group, dropout_mask
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum
 
@@ -23,6 +24,7 @@ class _LoraOnto(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, a, b, mask, xa = ctx.saved_tensors
         _, x_grad, a_grad, b_grad, *_ = ctx.needs_input_grad
@@ -49,5 +51,6 @@ def lora_onto(y: Tensor, x: Tensor, linear: LoraLinear) -> Tensor:
     rows = rows_of(x)
     mask = dropout_mask(rows, linear.dropout)
     keep_scale = _Group.of((linear,)).keep_scales[0]
-    out = _LoraOnto.apply(rows_of(y), rows, linear.a, linear.b, mask, linear.scale, keep_scale)
+    tensors = distinct(rows_of(y), rows, linear.a, linear.b, mask)
+    out = _LoraOnto.apply(*tensors, linear.scale, keep_scale)
     return out.view(y.shape)

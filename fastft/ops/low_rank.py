@@ -58,25 +58,28 @@ def _low_rank_add_(matrix, narrow, wide, mask, keep_scale, scale):
     matrix.copy_(matrix.to(added.dtype) + added)
 
 
+def _chosen(operator, rank: int):
+    """The thin kernel, or above `_GEMM_RANK` the reference, which like it knows no autocast."""
+    if rank <= _GEMM_RANK:
+        return operator
+
+    def reference(matrix, *args):
+        with torch.autocast(matrix.device.type, enabled=False):
+            return operator.reference(matrix, *args)
+
+    return reference
+
+
 def low_rank_dot(matrix, wide, mask=None, keep_scale=1.0, scale=1.0) -> Tensor:
     """scale * (matrix * mask * keep_scale) wide^T: (tokens, rank), for wide (rank, columns)."""
-    thin = wide.shape[0] <= _GEMM_RANK
-    return (_low_rank_dot if thin else _low_rank_dot.reference)(
-        matrix, wide, mask, keep_scale, scale
-    )
+    return _chosen(_low_rank_dot, wide.shape[0])(matrix, wide, mask, keep_scale, scale)
 
 
 def low_rank_sum(matrix, narrow, mask=None, keep_scale=1.0, scale=1.0) -> Tensor:
     """scale * narrow^T (matrix * mask * keep_scale), narrow (tokens, rank): (rank, columns)."""
-    thin = narrow.shape[1] <= _GEMM_RANK
-    return (_low_rank_sum if thin else _low_rank_sum.reference)(
-        matrix, narrow, mask, keep_scale, scale
-    )
+    return _chosen(_low_rank_sum, narrow.shape[1])(matrix, narrow, mask, keep_scale, scale)
 
 
 def low_rank_add_(matrix, narrow, wide, mask=None, keep_scale=1.0, scale=1.0) -> None:
     """matrix += scale * (narrow wide) * mask * keep_scale, in place."""
-    thin = narrow.shape[1] <= _GEMM_RANK
-    (_low_rank_add_ if thin else _low_rank_add_.reference)(
-        matrix, narrow, wide, mask, keep_scale, scale
-    )
+    _chosen(_low_rank_add_, narrow.shape[1])(matrix, narrow, wide, mask, keep_scale, scale)

@@ -16,8 +16,9 @@ them copies nothing; so do the gradients.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastft.library import operator
+from fastft.library import distinct, needs_autograd, operator
 
 
 def _swapped(x: Tensor) -> bool:
@@ -73,6 +74,7 @@ class _Rotary(torch.autograd.Function):
         return _rotary(q, k, cos, sin, unsqueeze_dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk):
         rest = (*ctx.saved_tensors, ctx.unsqueeze_dim, ctx.swapped)
         q_grad, k_grad, *_ = ctx.needs_input_grad
@@ -109,6 +111,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_axis: int) -> No
             f"cos: expected shape ({batch} or 1, {tokens}, an even rotary_dim up to {head_dim}), "
             f"got {tuple(shape)}"
         )
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise ValueError("cos and sin: expected tensors that need no gradient: they get none")
     if sin.shape != shape:
         raise ValueError(f"sin: expected shape {tuple(shape)} as cos has, got {tuple(sin.shape)}")
 
@@ -132,7 +136,7 @@ def rotary(
     Raises: ValueError or TypeError that names the argument.
     """
     _check(q, k, cos, sin, unsqueeze_dim)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
+    if needs_autograd(q, k):
+        return _Rotary.apply(*distinct(q, k, cos, sin), unsqueeze_dim)
     # Decoding makes thousands of small calls, which the autograd Function would slow.
     return _rotary(q, k, cos, sin, unsqueeze_dim)

@@ -11,8 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BFLOAT16, NAMES, Configuration, next_power_of_2, on_device, processors
-from .common import ARCHITECTURES, warps_for
+from .common import (
+    ARCHITECTURES,
+    BFLOAT16,
+    NAMES,
+    Configuration,
+    next_power_of_2,
+    on_device,
+    processors,
+    warps_for,
+)
 
 # A longer row would not fit the registers of one program.
 LONGEST = 32768
@@ -30,9 +38,9 @@ def _forward(
     inside = columns < hidden
     value = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        value += tl.load(
-            residual + row * residual_stride + columns, mask=inside, other=0.0
-        ).to(tl.float32)
+        value += tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0).to(
+            tl.float32
+        )
         # The sum is what the model carries on, so it is normalised as stored, rounded.
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * hidden + columns, rounded, mask=inside)
@@ -85,9 +93,9 @@ def _backward(
             out -= tl.sum(grad, 0) / hidden
         out *= scale
         if HAS_DTOTAL:
-            out += tl.load(
-                dtotal + row * dtotal_stride + columns, mask=inside, other=0.0
-            ).to(tl.float32)
+            out += tl.load(dtotal + row * dtotal_stride + columns, mask=inside, other=0.0).to(
+                tl.float32
+            )
         tl.store(dx + row * hidden + columns, out.to(dx.dtype.element_ty), mask=inside)
     place = group.to(tl.int64) * hidden
     if WEIGHT_GRAD:

@@ -12,6 +12,13 @@ from truth import assert_as_exact
 
 from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp, _gated_mlp_backward, gated_mlp
 
+
+@pytest.fixture(autouse=True)
+def _kernels_at_any_size(monkeypatch):
+    """Small inputs, as most here are, would go to PyTorch's own operators."""
+    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_BELOW", {})
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
