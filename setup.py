@@ -99,13 +99,7 @@ def native_parts() -> dict:
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-<<<<<<< HEAD
         sys.exit(f"fastft builds against the torch you use, and this build sees none: {needed}")
-=======
-        sys.exit(
-            f"fastft builds against the torch you use, and this environment has none: {needed}"
-        )
->>>>>>> adversary
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         sys.exit(f"fastft does not work with torch {torch.__version__}: {needed}")
     return extension_and_command(cpp_extension)
