@@ -36,7 +36,8 @@ CASES = {
     "cross-attention": ("GPT2", "LMHeadModel", {**_GPT2, "add_cross_attention": True}),
     "classified": ("GPT2", "ForSequenceClassification", _GPT2),
     "experts": (
-        "Mixtral", "ForCausalLM", {**_SIZES, **_GROUPED, "num_local_experts": 4, "output_router_logits": True},
+        "Mixtral", "ForCausalLM",
+        {**_SIZES, **_GROUPED, "num_local_experts": 4, "output_router_logits": True},
     ),
     "sinks": (
         "GptOss", "ForCausalLM",
