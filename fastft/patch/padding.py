@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from fastft.patch.confirm import Unlike, relative, undisturbed
 from fastft.patch.swap import original_forward, switched_off
 
-_FIELDS = {"last_hidden_state", "past_key_values", "hidden_states", "attentions"}
+_FIELDS = {
+    "last_hidden_state", "past_key_values", "hidden_states", "attentions", "cross_attentions",
+}  # fmt: skip
 _PER_TOKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 _state = threading.local()
 
