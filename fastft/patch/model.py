@@ -36,11 +36,19 @@ def unpatch(model: nn.Module) -> list[str]:
         remark = undo(module)
         if remark is not None:
             remarks.add(f"{type(module).__name__}: {remark}")
+        if "_fastft_attention_before" in vars(module):
+            undo_attention(module)
         module.__dict__.pop("_fastft_attention", None)
-        before = module.__dict__.pop("_fastft_attention_before", None)
-        if before is not None and module.config._attn_implementation == "fastft":
-            module.config._attn_implementation_internal = before
     return sorted(remarks)
+
+
+def undo_attention(module: nn.Module) -> None:
+    before = module.__dict__.pop("_fastft_attention_before", None)
+    for child in module.modules():
+        if getattr(child, "config", None) is module.config:
+            before = child.__dict__.pop("_fastft_attention", before)
+    if before is not None and module.config._attn_implementation == "fastft":
+        module.config._attn_implementation_internal = before
 
 
 @contextmanager
@@ -130,52 +138,69 @@ class _Patcher:
 
     def swap_base(self, module: nn.Module) -> None:
         """Attention, rotary embeddings and padding of one base model."""
-        from fastft.patch import attention, padding
+        from fastft.patch import attention
 
         reason = _untouchable(module)
         if reason is not None:
             self.report.leave(module, reason)
             return
-        self.swap_attention(module)
+        attending = self.swap_attention(module)
         for child in module.modules():
             if attention.is_candidate(child):
                 self.try_swap(child, "rotary", attention, lambda _: "rotary")
-        if module.config._attn_implementation != attention.NAME or swap_of(module) is not None:
-            if swap_of(module) is not None:
-                self.report.add(module, "padding", "left out of training batches")
+        reason = None
+        if module.config._attn_implementation != attention.NAME:
             return
-        if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
-            self.report.leave(module, "padding kept: to be confirmed, patch before sharding")
-            return
+        if swap_of(module) is None:
+            if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+                reason = "padding kept: to be confirmed, patch before sharding"
+            else:
+                reason = self.swap_padding(module)
+        if module.config._attn_implementation == attention.NAME:
+            for child in attending:
+                self.report.add(child, "attention", "attention")
+        if reason is None:
+            self.report.add(module, "padding", "left out of training batches")
+        else:
+            self.report.leave(module, reason)
+
+    def swap_padding(self, module: nn.Module) -> str | None:
+        """Why not, if not; where attention is to blame, that is given back as well."""
+        from fastft.patch import padding
+
         swap(module, "padding", padding.forward)
         try:
             padding.confirm(module)
         except Unlike as unlike:
             undo(module)
-            self.report.leave(module, str(unlike))
-        else:
-            self.report.add(module, "padding", "left out of training batches")
+            if isinstance(unlike, padding.OtherAttention):
+                undo_attention(module)
+            return str(unlike)
+        return None
 
-    def swap_attention(self, module: nn.Module) -> None:
+    def swap_attention(self, module: nn.Module) -> list[nn.Module]:
+        """The attention modules that now run ours."""
         from fastft.patch import attention
 
         config = module.config
         before = config._attn_implementation
         if before not in ("sdpa", "eager", attention.NAME):
             self.report.leave(module, f"attention kept: {before} was asked for")
-            return
+            return []
         if not module._can_set_attn_implementation():
             self.report.leave(module, "attention kept: the class has one of its own")
-            return
+            return []
         attention.register()
+        attending = []
         for child in module.modules():
             if getattr(child, "config", None) is config and hasattr(child, "is_causal"):
                 if before != attention.NAME or not hasattr(child, "_fastft_attention"):
                     child._fastft_attention = before
-                self.report.add(child, "attention", "attention")
+                attending.append(child)
         if before != attention.NAME:
             module._fastft_attention_before = before
             config._attn_implementation_internal = attention.NAME
+        return attending
 
 
 def _sizes(module: nn.Module) -> tuple:

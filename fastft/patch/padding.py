@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastft.patch.confirm import Unlike, relative, undisturbed
-from fastft.patch.swap import original_forward, swap_of, switched_off
+from fastft.patch.swap import original_forward, switched_off
 
+_FIELDS = {
+    "last_hidden_state", "past_key_values", "hidden_states", "attentions", "cross_attentions",
+}  # fmt: skip
+_PER_TOKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 _state = threading.local()
 
 
@@ -135,7 +139,8 @@ def asks(arguments: dict, config, name: str) -> bool:
 def _is_per_token(name: str, value: Tensor, mask: Tensor) -> bool:
     if name == "position_ids" and value.dim() == 2 and value.shape[0] == 1:
         return value.shape[1] == mask.shape[1]
-    return value.shape[:2] == mask.shape or value.dim() == 0 or name == "logits_to_keep"
+    # By name: an encoder's states may happen to have the shape of the tokens.
+    return value.dim() == 0 or (name in _PER_TOKEN and value.shape[:2] == mask.shape)
 
 
 def run_packed(base, packing: Packing, arguments: dict):
@@ -184,40 +189,59 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def confirm(module: nn.Module) -> None:
-    """Raises Unlike unless the base model gives for packed rows what it gives for padded ones.
+class OtherAttention(Unlike):
+    """The fused attention, or what it falls back to, is not what the model ran before."""
 
-    Runs the patched module itself, on a few tokens, without gradients. That no row sees another is
-    held to the bit: one row's output must not move when the other row's tokens change.
+
+def confirm(module: nn.Module) -> None:
+    """Raises Unlike unless the base model gives packed rows what it gave padded ones before.
+
+    Runs the module itself, on a few tokens, without gradients. That no row sees another is held to
+    the bit: one row's output must not move when the other row's tokens change.
     """
-    vocabulary = module.get_input_embeddings().weight.shape[0]
-    device = module.get_input_embeddings().weight.device
+    try:
+        with undisturbed(), torch.no_grad(), evaluating(module):
+            results = _try(module)
+    except Exception as error:  # an architecture may need arguments we do not know
+        raise Unlike(f"padding kept: {type(error).__name__}: {error}") from error
+    packing, wanted, padded, got, other = results
+    limit = 1e-4 if wanted.last_hidden_state.dtype == torch.float32 else 5e-2
+    worst = relative(*(packing.pack(o.last_hidden_state) for o in (padded, wanted)))
+    if not worst <= limit:
+        raise OtherAttention(f"attention kept: it computes something else ({worst:.2g})")
+    if extra := set(got) - _FIELDS:
+        raise Unlike(f"padding kept: {min(extra)} may read particular tokens of a row")
+    if not torch.equal(got.last_hidden_state[0], other.last_hidden_state[0]):
+        raise Unlike("padding kept: rows laid end to end would see each other")
+    worst = relative(*(packing.pack(o.last_hidden_state) for o in (got, wanted)))
+    if not worst <= limit:
+        raise Unlike(f"padding kept: leaving it out changes the result ({worst:.2g})")
+
+
+def _try(module: nn.Module) -> tuple:
+    """A packing, and outputs: as before patching, patched, packed, packed with other tokens."""
+    weight = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
 
     def tokens():
-        return torch.randint(0, vocabulary, (2, 7), generator=generator).to(device)
+        return torch.randint(0, weight.shape[0], (2, 7), generator=generator).to(weight.device)
 
     first, second = tokens(), tokens()
     second[0] = first[0]
-    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7], device=device)
-    packing = Packing.of(mask)
-    with undisturbed(), torch.no_grad(), evaluating(module):
-        try:
-            with switched_off(module):
-                wanted = (
-                    type(module)
-                    .forward(module, input_ids=first, attention_mask=mask, use_cache=False)
-                    .last_hidden_state
-                )
-            record = swap_of(module)
-            before, record.active = record.active, True
-            got = forward(module, input_ids=first, attention_mask=mask, use_cache=False)
-            other = forward(module, input_ids=second, attention_mask=mask, use_cache=False)
-            record.active = before
-        except Exception as error:  # an architecture may need arguments we do not know
-            raise Unlike(f"padding kept: {type(error).__name__}: {error}") from error
-    if not torch.equal(got.last_hidden_state[0], other.last_hidden_state[0]):
-        raise Unlike("padding kept: rows laid end to end would see each other")
-    worst = relative(packing.pack(got.last_hidden_state), packing.pack(wanted))
-    if not worst <= (1e-4 if wanted.dtype == torch.float32 else 5e-2):
-        raise Unlike(f"padding kept: leaving it out changes the result ({worst:.2g})")
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7], device=weight.device)
+    inputs = {"attention_mask": mask, "use_cache": False}
+    config, ours = module.config, module.config._attn_implementation
+    # Asked of the attention modules: a head above may share the configuration and came first.
+    before = (vars(child).get("_fastft_attention") for child in module.modules())
+    try:
+        config._attn_implementation_internal = next(filter(None, before), ours)
+        with switched_off(module):
+            wanted = type(module).forward(module, input_ids=first, **inputs)
+    finally:
+        config._attn_implementation_internal = ours
+    with kept():
+        padded = forward(module, input_ids=first, **inputs)
+    return (
+        Packing.of(mask), wanted, padded,
+        forward(module, input_ids=first, **inputs), forward(module, input_ids=second, **inputs),
+    )  # fmt: skip
