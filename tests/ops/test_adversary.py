@@ -24,7 +24,7 @@ HIDDEN = 8
 def _kernels_at_any_size(monkeypatch):
     """Small inputs, as all here are, would go to PyTorch's own operators."""
     monkeypatch.setattr("fastft.ops.norm._EAGER_BELOW", 0)
-    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_BELOW", {})
+    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_SIZES", {})
 
 
 def leaf(*shape):
@@ -197,6 +197,8 @@ def test_small_inputs_take_the_operators_that_start_sooner(monkeypatch, dtype):
     h = gated_mlp(x, residual)
     assert torch.equal(h, F.silu(x) * residual)
     assert all(t.is_contiguous() for t in (y, kept, h))
+    wide = torch.randn(40, 1024).to(dtype)
+    assert torch.equal(gated_mlp(wide, wide, "gelu"), F.gelu(wide) * wide)
     assert layer_norm(x, weight.double()).dtype is dtype
     with pytest.raises(ValueError, match="weight: expected shape"):
         layer_norm(x, weight[1:])
