@@ -196,8 +196,8 @@ void add_groups(const AttentionForward& a, const float* partial, T* out) {
 void clear_keys(const AttentionBackward& b) {
   const AttentionForward& a = b.forward;
   int64_t size = a.tokens_k * a.kv_heads * a.dim * (a.dtype == DType::float32 ? 4 : 2);
-  if (b.dk) std::memset(b.dk, 0, size);
-  if (b.dv) std::memset(b.dv, 0, size);
+  for (void* grad : {b.dk, b.dv})
+    if (grad && size > 0) std::memset(grad, 0, size);
 }
 
 }  // namespace

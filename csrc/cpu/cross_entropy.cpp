@@ -107,7 +107,7 @@ void backward_row(const CrossEntropy& a, int64_t row, int64_t label, Stats stats
 template <class T>
 void no_gradient(const CrossEntropy& a, int64_t row) {
   T* out = static_cast<T*>(a.dlogits) + row * a.dlogits_stride;
-  std::memset(out, 0, a.vocab * sizeof(T));
+  for (int64_t i = 0; i < a.vocab; ++i) out[i] = T{};
 }
 
 // Calls labelled<T>(row, label) or ignored<T>(row) for every row.

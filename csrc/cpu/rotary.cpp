@@ -26,7 +26,7 @@ void rotate_token(const Rotary& a, const Rotated& part, int64_t batch, int64_t t
       store(y + i, fma(low, load(cos + i, n), -turned_low), n);
       store(y + a.half + i, fma(high, load(cos + a.half + i, n), turned_high), n);
     });
-    std::memcpy(y + rotated, x + rotated, (a.head_dim - rotated) * sizeof(T));
+    for (int64_t i = rotated; i < a.head_dim; ++i) y[i] = x[i];
   }
 }
 

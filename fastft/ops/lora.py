@@ -215,12 +215,30 @@ def dropout_mask(x: Tensor, p: float) -> Tensor | None:
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p)
 
 
+def check_adapter(name: str, linear: LoraLinear, rows: int, columns: int) -> None:
+    """Raises where a and b do not fit `columns` inputs and `rows` outputs."""
+    a, b = linear.a, linear.b
+    if a.shape[1:] != (columns,) or b.shape != (rows, a.shape[0]):
+        raise ValueError(
+            f"{name}: expected a (rank, {columns}) and b ({rows}, rank), "
+            f"got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise TypeError(f"{name}: expected floating-point a and b, got {a.dtype} and {b.dtype}")
+    if not 0.0 <= linear.dropout <= 1.0:
+        raise ValueError(f"{name}.dropout: expected 0 to 1, got {linear.dropout}")
+
+
 def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
     if not linears:
         raise ValueError("linears: expected at least one")
     if not x.is_floating_point() or x.dim() == 0:
         raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
     for i, each in enumerate(linears):
+        if each.weight.dim() != 2:
+            raise ValueError(
+                f"linears[{i}].weight: expected two dimensions, got {tuple(each.weight.shape)}"
+            )
         rows, columns = each.weight.shape[::-1] if each.transposed else each.weight.shape
         if columns != x.shape[-1]:
             raise ValueError(
@@ -228,17 +246,14 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
             )
         if each.weight.dtype != x.dtype:
             raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {each.weight.dtype}")
+        if each.bias is not None and each.bias.shape != (rows,):
+            raise ValueError(
+                f"linears[{i}].bias: expected shape ({rows},), got {tuple(each.bias.shape)}"
+            )
         if (each.a is None) != (each.b is None):
             raise ValueError(f"linears[{i}]: expected both a and b, or neither")
-        if each.a is not None and (
-            each.a.shape[1:] != (columns,) or each.b.shape != (rows, each.a.shape[0])
-        ):
-            raise ValueError(
-                f"linears[{i}]: expected a (rank, {columns}) and b ({rows}, rank), "
-                f"got {tuple(each.a.shape)} and {tuple(each.b.shape)}"
-            )
-        if not 0.0 <= each.dropout <= 1.0:
-            raise ValueError(f"linears[{i}].dropout: expected 0 to 1, got {each.dropout}")
+        if each.a is not None:
+            check_adapter(f"linears[{i}]", each, rows, columns)
 
 
 def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tensor | None]]:

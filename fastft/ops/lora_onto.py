@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.library import distinct, rows_of
-from fastft.ops.lora import LoraLinear, _Group, dropout_mask
+from fastft.ops.lora import LoraLinear, _Group, check_adapter, dropout_mask
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum
 
 
@@ -48,6 +48,9 @@ def lora_onto(y: Tensor, x: Tensor, linear: LoraLinear) -> Tensor:
         return y
     if y.shape[:-1] != x.shape[:-1] or y.shape[-1] != linear.b.shape[0]:
         raise ValueError(f"y: expected {(*x.shape[:-1], linear.b.shape[0])}, got {tuple(y.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    check_adapter("linear", linear, y.shape[-1], x.shape[-1])
     rows = rows_of(x)
     mask = dropout_mask(rows, linear.dropout)
     keep_scale = _Group.of((linear,)).keep_scales[0]

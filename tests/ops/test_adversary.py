@@ -24,7 +24,7 @@ HIDDEN = 8
 def _kernels_at_any_size(monkeypatch):
     """Small inputs, as all here are, would go to PyTorch's own operators."""
     monkeypatch.setattr("fastft.ops.norm._EAGER_BELOW", 0)
-    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_BELOW", {})
+    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_SIZES", {})
 
 
 def leaf(*shape):
@@ -197,6 +197,8 @@ def test_small_inputs_take_the_operators_that_start_sooner(monkeypatch, dtype):
     h = gated_mlp(x, residual)
     assert torch.equal(h, F.silu(x) * residual)
     assert all(t.is_contiguous() for t in (y, kept, h))
+    wide = torch.randn(40, 1024).to(dtype)
+    assert torch.equal(gated_mlp(wide, wide, "gelu"), F.gelu(wide) * wide)
     assert layer_norm(x, weight.double()).dtype is dtype
     with pytest.raises(ValueError, match="weight: expected shape"):
         layer_norm(x, weight[1:])
@@ -226,6 +228,23 @@ def test_low_rank_part_is_float32_under_autocast(rank):
         inside = lora_onto(y, x, adapter)
     assert torch.equal(inside, out)
     assert torch.equal(torch.autograd.grad(inside.sum(), x)[0], wanted)
+
+
+def test_lora_names_what_does_not_fit():
+    x, weight, a, b = torch.randn(4, HIDDEN), leaf(6, HIDDEN), leaf(2, HIDDEN), leaf(6, 2)
+    with pytest.raises(ValueError, match=r"linears\[0\].weight: expected two dimensions"):
+        lora(x, LoraLinear(weight[0]))
+    with pytest.raises(ValueError, match=r"linears\[0\].bias: expected shape \(6,\)"):
+        lora(x, LoraLinear(weight, torch.ones(1)))
+    with pytest.raises(TypeError, match=r"linears\[0\]: expected floating-point a and b"):
+        lora(x, LoraLinear(weight, None, torch.ones(2, HIDDEN).long(), b))
+    for wrong in ((a[:, 1:], b), (a, b[:, 1:])):
+        with pytest.raises(ValueError, match="linear: expected a"):
+            lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, *wrong))
+    with pytest.raises(ValueError, match="linear.dropout: expected 0 to 1"):
+        lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, a, b, 1.0, 2.0))
+    with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
+        lora_onto(torch.randn(4, 6), x.long(), LoraLinear(None, None, a, b))
 
 
 # ---- cross entropy -------------------------------------------------------------------------------

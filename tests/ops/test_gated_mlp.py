@@ -16,7 +16,7 @@ from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp, _gated_mlp_backward, g
 @pytest.fixture(autouse=True)
 def _kernels_at_any_size(monkeypatch):
     """Small inputs, as most here are, would go to PyTorch's own operators."""
-    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_BELOW", {})
+    monkeypatch.setattr("fastft.ops.gated_mlp._EAGER_SIZES", {})
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
