@@ -6,6 +6,8 @@ compiled kernels take a device's key when they load, so the dispatcher alone cho
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -78,6 +80,23 @@ def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Call
         return function
 
     return register
+
+
+def implement_in_triton(file: str, *ops: Callable) -> None:
+    """Points the CUDA key of operators at the launchers of their names in kernels/triton/<file>.py.
+
+    The file is imported at the first call; without triton, CUDA keeps the reference.
+    """
+    if find_spec("triton") is None:
+        return
+    for op in ops:
+        name = op.op._schema.name.removeprefix("fastft::")
+
+        def launch(*args, name=name):
+            return getattr(import_module(f"fastft.kernels.{file}"), name)(*args)
+
+        _library.impl(name, launch, "CUDA")
+        _kinds[name, "cuda"] = "Triton"
 
 
 def operators() -> dict[str, dict[str, str]]:

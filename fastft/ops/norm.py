@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, needs_autograd, operator, rows_of
+from fastft.library import (
+    distinct,
+    implement_in_triton,
+    needs_autograd,
+    operator,
+    rows_of,
+)
 
 
 def _normalised(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
@@ -101,6 +107,9 @@ def _eager_layer_norm_wins(x: Tensor, residual: Tensor | None, *vectors: Tensor 
         return False
     plain = residual is None and x.dtype is torch.float32
     return plain or x.numel() < (1 if residual is not None else 2) * _EAGER_BELOW
+
+
+implement_in_triton("norm", _rms_norm, _rms_norm_backward, _layer_norm, _layer_norm_backward)
 
 
 class _Norm(torch.autograd.Function):

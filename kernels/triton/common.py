@@ -1,7 +1,7 @@
 """What the kernels share: launch sizes, and the description of one compiled form of a kernel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,9 +24,10 @@ class Configuration:
     warps: int = 4
     stages: int = 3
     architectures: tuple[int, ...] = ARCHITECTURES
-    # A kernel that needs more registers than this, or spills, is a regression.
+    # A kernel that needs more registers than this, or more bytes of stack, is a regression.
     registers: int = 255
-    label: str = field(default="")
+    stack: int = 0
+    label: str = ""
 
 
 def next_power_of_2(n: int) -> int:
@@ -34,8 +35,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def warps_for(block: int) -> int:
-    """Warps of a program that holds one block of a row: some 16 elements per thread."""
-    return min(16, max(1, block // 512))
+    """Warps of a program that holds one block of a row: some 8 elements per thread."""
+    return min(16, max(1, block // 256))
 
 
 def processors(x: Tensor) -> int:

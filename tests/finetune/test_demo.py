@@ -148,7 +148,14 @@ def test_interrupting_ends_with_130_and_one_line(settings):
     command = [sys.executable, "-m", "fastft", "demo", "--model", settings.model]
     command += ["--data", settings.data, "--steps", "3", "--batch", "3"]
     command += ["--output", settings.output + "-interrupted"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for line in process.stderr:
         if "loading the model" in line:
             break
