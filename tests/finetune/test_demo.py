@@ -162,5 +162,7 @@ def test_interrupting_ends_with_130_and_one_line(settings):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # CPython ends by the signal itself where the interrupted code was an exec'd string: a shell
+    # shows 130 for both.
+    assert process.returncode in (130, -signal.SIGINT), errors[-3000:]
     assert errors.strip().splitlines()[-1] == "fastft: stopped" and "Traceback" not in errors
