@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def tree(tmp_path):
     """A copy of what a build needs, so that nothing here is touched."""
-    for name in ("csrc", "fastft"):
+    for name in ("csrc", "fastft", "kernels"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
