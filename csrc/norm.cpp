@@ -12,6 +12,26 @@ namespace {
 // Enough blocks for the cores of a large machine, few enough that adding them up costs nothing.
 int64_t blocks_for(int64_t rows) { return std::clamp<int64_t>(rows / 16, 1, 64); }
 
+// offset + weight in float32; `values` is null without a weight.
+class Weight {
+ public:
+  Weight(const OptionalTensor& weight, int64_t hidden, float offset) {
+    if (!weight) return;
+    check_vector(*weight, "weight", hidden);
+    floats_ = as_float(*weight);
+    values = static_cast<const float*>(floats_->data_ptr());
+    if (offset == 0) return;
+    shifted_.assign(values, values + hidden);
+    for (float& w : shifted_) w += offset;
+    values = shifted_.data();
+  }
+  const float* values = nullptr;
+
+ private:
+  std::optional<Tensor> floats_;
+  std::vector<float> shifted_;
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, double eps, double offset, bool center) {
@@ -22,18 +42,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   a.x = x.data_ptr(), a.x_stride = x.stride(0);
   if (residual) check_rows_like(*residual, "residual", x);
   a.residual = data_or_null(residual), a.residual_stride = row_stride_or_zero(residual);
-  std::optional<Tensor> weights, biases;
-  std::vector<float> shifted;
-  if (weight) {
-    check_vector(*weight, "weight", a.hidden);
-    weights = as_float(*weight);
-    a.weight = static_cast<const float*>(weights->data_ptr());
-    if (offset != 0) {
-      shifted.assign(a.weight, a.weight + a.hidden);
-      for (float& w : shifted) w += float(offset);
-      a.weight = shifted.data();
-    }
-  }
+  Weight factor(weight, a.hidden, float(offset));
+  a.weight = factor.values;
+  std::optional<Tensor> biases;
   if (bias) {
     check_vector(*bias, "bias", a.hidden);
     biases = as_float(*bias);
@@ -64,18 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   a.dtotal = data_or_null(dtotal), a.dtotal_stride = row_stride_or_zero(dtotal);
   a.rstd = floats_of(rstd, "rstd", a.rows);
   if (mean) a.mean = floats_of(*mean, "mean", a.rows);
-  std::optional<Tensor> weights;
-  std::vector<float> shifted;
-  if (weight) {
-    check_vector(*weight, "weight", a.hidden);
-    weights = as_float(*weight);
-    a.weight = static_cast<const float*>(weights->data_ptr());
-    if (offset != 0) {
-      shifted.assign(a.weight, a.weight + a.hidden);
-      for (float& w : shifted) w += float(offset);
-      a.weight = shifted.data();
-    }
-  }
+  Weight factor(weight, a.hidden, float(offset));
+  a.weight = factor.values;
   a.center = center;
   a.blocks = blocks_for(a.rows);
   Tensor dx = empty_rows(x, a.rows, a.hidden);

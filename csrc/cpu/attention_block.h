@@ -53,17 +53,7 @@ inline IVec inside(Span span, int64_t column) {
 
 // e^x for x that is not above 88; 0 below -87, so that no subnormal slows the products.
 inline Vec exp_of_difference(Vec x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  Vec n = fma(x, broadcast(1.44269504088896341f), broadcast(kRound)) - kRound;
-  Vec r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  Vec p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.f;
+  auto [p, n] = split_exp(x);
   IVec exponent = __builtin_convertvector(n, IVec);
   return x < -87.f ? Vec{} : p * (Vec)((exponent + 127) << 23);
 }

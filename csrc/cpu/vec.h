@@ -205,14 +205,14 @@ inline float max(Vec x) {
 
 // ---- elementary functions --------------------------------------------------------------------
 
-// e^x within 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r (Cephes expf), then 2^n by
-// scalef, or by exponent bits in two steps, so that subnormal results keep their value. NaN stays
-// NaN.
-inline Vec exp(Vec x) {
-  Vec clamped = max(min(x, broadcast(89.f)), broadcast(-104.f));
+// e^r and n for x = n ln 2 + r, |r| <= ln 2 / 2: a polynomial (Cephes expf), within 1 ulp.
+struct Exponential {
+  Vec fraction, power;  // e^x = fraction * 2^power
+};
+inline Exponential split_exp(Vec x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  Vec n = fma(clamped, broadcast(1.44269504088896341f), broadcast(kRound)) - kRound;
-  Vec r = fma(n, broadcast(-0.693359375f), clamped);
+  Vec n = fma(x, broadcast(1.44269504088896341f), broadcast(kRound)) - kRound;
+  Vec r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
   Vec p = broadcast(1.9875691500e-4f);
   p = fma(p, r, broadcast(1.3981999507e-3f));
@@ -220,7 +220,13 @@ inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(4.1665795894e-2f));
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.f;
+  return {fma(p, r * r, r) + 1.f, n};
+}
+
+// e^x within 1 ulp. 2^n by scalef, or by exponent bits in two steps, so that subnormal results keep
+// their value. NaN stays NaN.
+inline Vec exp(Vec x) {
+  auto [p, n] = split_exp(max(min(x, broadcast(89.f)), broadcast(-104.f)));
 #if defined(__AVX512F__)
   Vec scaled = (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
