@@ -49,3 +49,11 @@ def processors(x: Tensor) -> int:
 def on_device(x: Tensor):
     """Triton launches on the current device: make that the tensor's."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (rows, last dimension), elements side by side: a view unless the layout forbids one."""
+    if x.dim() != 2:
+        # Counted, because reshape cannot tell -1 of a tensor without elements.
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
