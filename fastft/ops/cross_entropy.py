@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.library import operator, rows_of
+from fastft.library import implement_in_triton, operator, rows_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ def _cross_entropy_in_place(logits, labels, weight, dlosses, ignore_index, numbe
         )
     )
     return losses
+
+
+implement_in_triton(
+    "cross_entropy", _cross_entropy, _cross_entropy_backward, _cross_entropy_in_place
+)
 
 
 class _CrossEntropy(torch.autograd.Function):

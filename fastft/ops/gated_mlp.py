@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, needs_autograd, operator
+from fastft.library import distinct, implement_in_triton, needs_autograd, operator
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -80,6 +80,8 @@ _EAGER_SIZES = {
     ("gelu", torch.float32, False): range(1 << 15, 1 << 20),
 }
 _EAGER = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+
+implement_in_triton("gated_mlp", _gated_mlp, _gated_mlp_backward)
 
 
 class _GatedMlp(torch.autograd.Function):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, needs_autograd, operator
+from fastft.library import distinct, implement_in_triton, needs_autograd, operator
 
 
 def _swapped(x: Tensor) -> bool:
@@ -62,6 +62,9 @@ def _rotary_backward(dq, dk, cos, sin, unsqueeze_dim, swapped):
     if dk is None:
         return q_grad, dq.new_empty(0)
     return q_grad, _rotate(dk, cos, sin, unsqueeze_dim, swapped, True)
+
+
+implement_in_triton("rotary", _rotary, _rotary_backward)
 
 
 class _Rotary(torch.autograd.Function):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Compute capabilities the kernels are meant for: T4, A100, RTX 30, RTX 40, H100, B200, RTX 50.
@@ -49,3 +50,24 @@ def processors(x: Tensor) -> int:
 def on_device(x: Tensor):
     """Triton launches on the current device: make that the tensor's."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (rows, last dimension), elements side by side: a view unless the layout forbids one."""
+    if x.dim() != 2:
+        # Counted, because reshape cannot tell -1 of a tensor without elements.
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+@triton.jit
+def tanh(x):
+    """tanh to the last digits also near 0, where (1 - e) / (1 + e) loses them (Cephes' tanhf)."""
+    square = x * x
+    near = -5.70498872745e-3
+    near = near * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * square * near, tl.where(x < 0, -far, far))
