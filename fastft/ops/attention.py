@@ -159,6 +159,7 @@ def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *re
 
 
 implement_in_triton("attention", _attention)
+implement_in_triton("attention_backward", _attention_backward)
 
 
 class _Attention(torch.autograd.Function):
