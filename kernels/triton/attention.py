@@ -1,7 +1,7 @@
 """attention over packed sequences, forward: blocks of queries walk the keys with a running softmax.
 
 Scores live in base 2 (exp2 is one instruction). A program finds its sequence in cu_seqlens itself,
-so that a launch never waits for the device to tell lengths: see `_sequence`.
+so that a launch never waits for the device to tell lengths: see `sequence_of`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ARCHITECTURES, BFLOAT16, NAMES, Configuration, next_power_of_2, on_device
+from .common import (
+    NAMES, Configuration, bounds_of, next_power_of_2, on_device, rows_of, sequence_of, tanh,
+)  # fmt: skip
 
 LOG2E = log2(2.718281828459045)
 # A wider head would not leave room for the accumulator of a block.
@@ -28,44 +30,6 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _sequence(cu, sequences, block, BLOCK: tl.constexpr):
-    """The sequence of this block, where sequence s has the blocks from cu[s] // BLOCK + s on.
-
-    These ranges are wide enough for any lengths, so total // BLOCK + sequences programs suffice;
-    those behind the end of their sequence have nothing to do.
-    """
-    low = tl.full([], 0, tl.int32)
-    high = low + sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(cu + middle) // BLOCK + middle <= block
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    begin = tl.load(cu + low)
-    return low, (block - begin // BLOCK - low).to(tl.int32) * BLOCK
-
-
-@triton.jit
-def _bounds(cu, sequence):
-    begin = tl.load(cu + sequence).to(tl.int64)
-    return begin, (tl.load(cu + sequence + 1) - begin).to(tl.int32)
-
-
-@triton.jit
-def _tile(pointer, stride, rows, columns, length, HEAD_DIM: tl.constexpr, MASK: tl.constexpr):
-    """Rows of a matrix, 0 beyond its length and its width; `columns` is a power of two long."""
-    place = pointer + rows[:, None] * stride + columns[None, :]
-    if HEAD_DIM < columns.shape[0]:
-        inside = (columns < HEAD_DIM)[None, :]
-        if MASK:
-            inside = inside & (rows < length)[:, None]
-        return tl.load(place, mask=inside, other=0.0)
-    if MASK:
-        return tl.load(place, mask=(rows < length)[:, None], other=0.0)
-    return tl.load(place)
-
-
-@triton.jit
 def _seen(position, j, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Who sees whom; position (of the queries) and j broadcast against one another."""
     seen = j < length
@@ -77,18 +41,6 @@ def _seen(position, j, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexp
     elif WINDOW:
         seen = seen & (ahead <= window) & (ahead >= -window)
     return seen
-
-
-@triton.jit
-def _tanh(x):
-    # Near 0 the quotient would cancel; the polynomial (Cephes) holds every digit of float32 there.
-    z = x * x
-    near = -5.70498872745e-3 * z + 2.06390887954e-2
-    near = (near * z - 5.37397155531e-2) * z + 1.33314422036e-1
-    near = (near * z - 3.33332819422e-1) * z * x + x
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -129,10 +81,10 @@ def _walk(
     for start in range(low, high, N):
         place = tl.full([], 0, tl.int64) + start
         left = length_k - start
-        keys = _tile(k + place * k_row, k_row, rows, columns, left, HEAD_DIM, MASK)
+        keys = rows_of(k + place * k_row, k_row, rows, columns, left, HEAD_DIM, MASK)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * inner
         if SOFTCAP:
-            scores = _tanh(scores) * outer
+            scores = tanh(scores) * outer
         if MASK:
             seen = _seen(
                 position[:, None], (start + rows)[None, :], length_k, window, CAUSAL, WINDOW
@@ -147,7 +99,7 @@ def _walk(
         if DROPOUT:
             j = (begin_k + start + rows)[None, :]
             p = tl.where(_kept(first[:, None], second[:, None], j, threshold), p, 0.0)
-        values = _tile(v + place * v_row, v_row, rows, columns, left, HEAD_DIM, MASK)
+        values = rows_of(v + place * v_row, v_row, rows, columns, left, HEAD_DIM, MASK)
         out = tl.dot(p.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
         top = higher
     return out, top, total
@@ -163,11 +115,11 @@ def _forward(
 ):  # fmt: skip
     # Under a causal mask the last blocks of a sequence take longest: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence, start = _sequence(cu_q, sequences, block, M)
-    begin_q, length_q = _bounds(cu_q, sequence)
+    sequence, start = sequence_of(cu_q, sequences, block, M)
+    begin_q, length_q = bounds_of(cu_q, sequence)
     if start >= length_q:
         return
-    begin_k, length_k = _bounds(cu_k, sequence)
+    begin_k, length_k = bounds_of(cu_k, sequence)
     head = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, M)
     columns = tl.arange(0, D)
@@ -177,7 +129,7 @@ def _forward(
     k += begin_k * k_row + (head // groups) * k_head
     v += begin_k * v_row + (head // groups) * v_head
     row = begin_q + start
-    queries = _tile(
+    queries = rows_of(
         q + row * q_row + head * q_head, q_row, rows, columns, length_q - start, HEAD_DIM, True
     )
     first, second = rows, rows
@@ -316,14 +268,16 @@ SCALARS = {
 
 def cases() -> Iterator[tuple[torch.dtype, int, str, tuple[int, ...]]]:
     """(dtype, head_dim, feature, architectures) that stand for the others."""
-    for dtype in NAMES:
-        every = BFLOAT16 if dtype is torch.bfloat16 else ARCHITECTURES
-        few = tuple(a for a in every if a in (75, 80, 120))
-        yield dtype, 128, "causal", every if dtype is torch.bfloat16 else few
-        yield dtype, 64, "everything", few
-        yield dtype, 80, "everything", few[-1:]
-        yield dtype, 256, "everything", few
-        yield dtype, 128, "bidirectional", few[:1]
+    single, brain, half = NAMES
+    yield brain, 128, "everything", (80, 90, 100, 120)
+    yield brain, 128, "causal", (80,)
+    yield brain, 64, "everything", (80, 120)
+    yield brain, 256, "everything", (80, 120)
+    yield half, 80, "everything", (75,)
+    yield half, 256, "everything", (75,)
+    yield single, 64, "causal", (75,)
+    yield single, 128, "everything", (80,)
+    yield single, 256, "bidirectional", (120,)
 
 
 def configurations() -> Iterator[Configuration]:

@@ -12,24 +12,10 @@ import triton
 import triton.language as tl
 
 from .attention import (
-    SCALARS,
-    Tile,
-    _bounds,
-    _kept,
-    _key_range,
-    _row_bits,
-    _seen,
-    _sequence,
-    _tanh,
-    _tile,
-    architecture,
-    cases,
-    check,
-    options_of,
-    padded,
-    scalars,
-)
-from .common import NAMES, Configuration, on_device
+    SCALARS, Tile, _kept, _key_range, _row_bits, _seen, architecture, cases, check, options_of,
+    padded, scalars,
+)  # fmt: skip
+from .common import NAMES, Configuration, bounds_of, on_device, rows_of, sequence_of, tanh
 
 
 @triton.jit
@@ -43,10 +29,10 @@ def _total(
     rows = tl.arange(0, M)
     columns = tl.arange(0, D)
     left = tokens_q - row
-    a = _tile(
+    a = rows_of(
         dout + row * dout_row + head * dout_head, dout_row, rows, columns, left, HEAD_DIM, True
     )
-    b = _tile(out + row * width + head * HEAD_DIM, width, rows, columns, left, HEAD_DIM, True)
+    b = rows_of(out + row * width + head * HEAD_DIM, width, rows, columns, left, HEAD_DIM, True)
     sums = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     tl.store(total + head * tokens_q + row + rows, sums, mask=rows < left)
 
@@ -62,7 +48,7 @@ def _slope(products, dp, lse, total, inner, outer, SOFTCAP: tl.constexpr):
     """(p, ds): probabilities from the saved lse, and the gradient of the uncapped scores."""
     scores = products * inner
     if SOFTCAP:
-        scores = _tanh(scores)
+        scores = tanh(scores)
         p = tl.exp2(scores * outer - lse)
         return p, p * (dp - total) * (1.0 - scores * scores)
     p = tl.exp2(scores - lse)
@@ -83,8 +69,8 @@ def _walk_queries(
         place = tl.full([], 0, tl.int64) + start
         left = length_q - start
         i = start + rows
-        queries = _tile(q + place * q_row, q_row, rows, columns, left, HEAD_DIM, True)
-        grad = _tile(dout + place * dout_row, dout_row, rows, columns, left, HEAD_DIM, True)
+        queries = rows_of(q + place * q_row, q_row, rows, columns, left, HEAD_DIM, True)
+        grad = rows_of(dout + place * dout_row, dout_row, rows, columns, left, HEAD_DIM, True)
         row_lse = _base2(lse + i, rows < left)[None, :]
         row_total = tl.load(total + i, mask=rows < left, other=0.0)[None, :]
         # Keys stand along the rows, so that p and ds enter the next products as they are.
@@ -116,54 +102,41 @@ def _keys(
     KEY_GRAD: tl.constexpr, VALUE_GRAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    sequence, start = _sequence(cu_k, sequences, tl.program_id(0), N)
-    begin_k, length_k = _bounds(cu_k, sequence)
+    sequence, start = sequence_of(cu_k, sequences, tl.program_id(0), N)
+    begin_k, length_k = bounds_of(cu_k, sequence)
     if start >= length_k:
         return
-    begin_q, length_q = _bounds(cu_q, sequence)
+    begin_q, length_q = bounds_of(cu_q, sequence)
     kv_head = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, N)
     columns = tl.arange(0, D)
     left = length_k - start
     row = begin_k + start
-    keys = _tile(k + row * k_row + kv_head * k_head, k_row, rows, columns, left, HEAD_DIM, True)
-    values = _tile(v + row * v_row + kv_head * v_head, v_row, rows, columns, left, HEAD_DIM, True)
+    keys = rows_of(k + row * k_row + kv_head * k_head, k_row, rows, columns, left, HEAD_DIM, True)
+    values = rows_of(v + row * v_row + kv_head * v_head, v_row, rows, columns, left, HEAD_DIM, True)
     shift = length_k - length_q
     low = tl.full([], 0, tl.int32)
-    full = low
     high = length_q
     if CAUSAL:
         low = tl.maximum(start - shift, 0)
-        # From here on queries see the whole block.
-        full = tl.cdiv(tl.maximum(start + N - 1 - shift, 0), M) * M
         if WINDOW:
             high = tl.minimum(high, start + N - 1 - shift + window)
     elif WINDOW:
         low = tl.maximum(start - window - shift, 0)
         high = tl.minimum(high, start + N - shift + window)
     low = low // M * M
-    masked = high if WINDOW else tl.minimum(full, high)
     state = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
     for index in range(groups):
         head = kv_head * groups + index
         one_q = q + begin_q * q_row + head * q_head
         one_dout = dout + begin_q * dout_row + head * dout_head
-        one_lse = lse + head * tokens_q + begin_q
-        one_total = total + head * tokens_q + begin_q
-        if CAUSAL or WINDOW:
-            state = _walk_queries(
-                state, keys, values, one_q, one_dout, one_lse, one_total, q_row, dout_row, low,
-                masked, begin_q, length_q, length_k, start + rows, begin_k, seed, head, inner,
-                outer, kept, threshold, window,
-                True, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, M, D,
-            )  # fmt: skip
-        if not WINDOW:
-            state = _walk_queries(
-                state, keys, values, one_q, one_dout, one_lse, one_total, q_row, dout_row, full,
-                high, begin_q, length_q, length_k, start + rows, begin_k, seed, head, inner,
-                outer, kept, threshold, window,
-                False, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, M, D,
-            )  # fmt: skip
+        # One loop, masked throughout: a second one without masks costs registers it then spills.
+        state = _walk_queries(
+            state, keys, values, one_q, one_dout, lse + head * tokens_q + begin_q,
+            total + head * tokens_q + begin_q, q_row, dout_row, low, high, begin_q, length_q,
+            length_k, start + rows, begin_k, seed, head, inner, outer, kept, threshold, window,
+            CAUSAL or WINDOW, CAUSAL, WINDOW, SOFTCAP, DROPOUT, HEAD_DIM, M, D,
+        )  # fmt: skip
     key_sum, value_sum = state
     width = tl.num_programs(1).to(tl.int64) * HEAD_DIM
     place = row * width + kv_head * HEAD_DIM + rows[:, None] * width + columns[None, :]
@@ -187,8 +160,8 @@ def _walk_keys(
         place = tl.full([], 0, tl.int64) + start
         left = length_k - start
         j = (start + rows)[None, :]
-        keys = _tile(k + place * k_row, k_row, rows, columns, left, HEAD_DIM, MASK)
-        values = _tile(v + place * v_row, v_row, rows, columns, left, HEAD_DIM, MASK)
+        keys = rows_of(k + place * k_row, k_row, rows, columns, left, HEAD_DIM, MASK)
+        values = rows_of(v + place * v_row, v_row, rows, columns, left, HEAD_DIM, MASK)
         products = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         dp = tl.dot(grad, tl.trans(values), input_precision="ieee")
         if DROPOUT:
@@ -211,11 +184,11 @@ def _queries(
     HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence, start = _sequence(cu_q, sequences, block, M)
-    begin_q, length_q = _bounds(cu_q, sequence)
+    sequence, start = sequence_of(cu_q, sequences, block, M)
+    begin_q, length_q = bounds_of(cu_q, sequence)
     if start >= length_q:
         return
-    begin_k, length_k = _bounds(cu_k, sequence)
+    begin_k, length_k = bounds_of(cu_k, sequence)
     head = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, M)
     columns = tl.arange(0, D)
@@ -223,8 +196,8 @@ def _queries(
     row = begin_q + start
     k += begin_k * k_row + (head // groups) * k_head
     v += begin_k * v_row + (head // groups) * v_head
-    queries = _tile(q + row * q_row + head * q_head, q_row, rows, columns, left, HEAD_DIM, True)
-    grad = _tile(
+    queries = rows_of(q + row * q_row + head * q_head, q_row, rows, columns, left, HEAD_DIM, True)
+    grad = rows_of(
         dout + row * dout_row + head * dout_head, dout_row, rows, columns, left, HEAD_DIM, True
     )
     row_lse = _base2(lse + head * tokens_q + row + rows, rows < left)
@@ -253,11 +226,12 @@ def _queries(
 
 
 def tile(dim: int, dtype: torch.dtype, target: int) -> Tile:
+    """What compiles without spills with every option; Triton has no tensor cores on sm_75."""
     if dtype is torch.float32 or target == 75:
-        return Tile(32, 16, 4, 1) if dim <= 64 else Tile(16, 16, 4 if dim == 128 else 8, 1)
-    if dim <= 64:
-        return Tile(64, 64, 8, 2)
-    return Tile(32, 32, 4, 2) if dim == 128 else Tile(32, 32, 8, 1)
+        if dim > 128 and dtype is torch.float32 and target == 75:
+            raise ValueError("query: float32 heads wider than 128 have no backward on sm_75")
+        return Tile(16, 16, 16 if dim > 128 and dtype is torch.float32 else 8, 1)
+    return Tile(32, 64, 8, 2) if dim <= 64 else Tile(32, 32, 8, 2 if dim == 128 else 1)
 
 
 def attention_backward(
@@ -323,5 +297,6 @@ def configurations() -> Iterator[Configuration]:
                     kernel,
                     {name: kind for name, kind in tensors.items() if name in names},
                     {name: value for name, value in constants.items() if name in names},
-                    warps, stages, (target,), label=f"{NAMES[dtype]} {head_dim} {feature}",
+                    warps, stages, (target,), stack=40 if head_dim == 64 else 0,
+                    label=f"{NAMES[dtype]} {head_dim} {feature}",
                 )  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Compute capabilities the kernels are meant for: T4, A100, RTX 30, RTX 40, H100, B200, RTX 50.
@@ -49,3 +50,53 @@ def processors(x: Tensor) -> int:
 def on_device(x: Tensor):
     """Triton launches on the current device: make that the tensor's."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
+@triton.jit
+def sequence_of(cu, sequences, block, BLOCK: tl.constexpr):
+    """The sequence of this block, where sequence s has the blocks from cu[s] // BLOCK + s on.
+
+    These ranges are wide enough for any lengths, so total // BLOCK + sequences programs suffice;
+    those behind the end of their sequence have nothing to do.
+    """
+    low = tl.full([], 0, tl.int32)
+    high = low + sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(cu + middle) // BLOCK + middle <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    begin = tl.load(cu + low)
+    return low, (block - begin // BLOCK - low).to(tl.int32) * BLOCK
+
+
+@triton.jit
+def bounds_of(cu, sequence):
+    begin = tl.load(cu + sequence).to(tl.int64)
+    return begin, (tl.load(cu + sequence + 1) - begin).to(tl.int32)
+
+
+@triton.jit
+def rows_of(pointer, stride, rows, columns, length, HEAD_DIM: tl.constexpr, MASK: tl.constexpr):
+    """Rows of a matrix, 0 beyond its length and its width; `columns` is a power of two long."""
+    place = pointer + rows[:, None] * stride + columns[None, :]
+    if HEAD_DIM < columns.shape[0]:
+        inside = (columns < HEAD_DIM)[None, :]
+        if MASK:
+            inside = inside & (rows < length)[:, None]
+        return tl.load(place, mask=inside, other=0.0)
+    if MASK:
+        return tl.load(place, mask=(rows < length)[:, None], other=0.0)
+    return tl.load(place)
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 the quotient would cancel; the polynomial (Cephes) holds every digit of float32 there.
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = (near * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    near = (near * z - 3.33332819422e-1) * z * x + x
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))

@@ -56,8 +56,8 @@ def test_rows_that_lie_apart():
 
 
 def test_unequal_tiles(monkeypatch):
-    for m, n in ((32, 16), (16, 32)):
-        monkeypatch.setattr(attention_backward, "tile", lambda *_: attention.Tile(m, n, 4, 1))  # noqa: B023
+    for shape in (attention.Tile(32, 16, 4, 1), attention.Tile(16, 32, 4, 1)):
+        monkeypatch.setattr(attention_backward, "tile", lambda *_, shape=shape: shape)
         assert_right(backward(arguments(torch.float32, 1, 1, 16, causal=True)))
         assert_right(backward(arguments(torch.float32, 1, 1, 16, causal=True, window=7)))
 
