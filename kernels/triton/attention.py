@@ -4,7 +4,7 @@ Scores live in base 2 (exp2 is one instruction). A program finds its sequence in
 so that a launch never waits for the device to tell lengths: see `sequence_of`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator  # noqa: I001
 from math import log2
 from typing import NamedTuple
 
