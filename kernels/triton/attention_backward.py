@@ -26,8 +26,7 @@ def _total(
     row = tl.program_id(0).to(tl.int64) * M
     head = tl.program_id(1).to(tl.int64)
     width = tl.num_programs(1).to(tl.int64) * HEAD_DIM
-    rows = tl.arange(0, M)
-    columns = tl.arange(0, D)
+    rows, columns = tl.arange(0, M), tl.arange(0, D)
     left = tokens_q - row
     a = rows_of(
         dout + row * dout_row + head * dout_head, dout_row, rows, columns, left, HEAD_DIM, True
@@ -63,8 +62,7 @@ def _walk_queries(
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     dk, dv = state
-    columns = tl.arange(0, D)
-    rows = tl.arange(0, M)
+    rows, columns = tl.arange(0, M), tl.arange(0, D)
     for start in range(low, high, M):
         place = tl.full([], 0, tl.int64) + start
         left = length_q - start
@@ -108,8 +106,7 @@ def _keys(
         return
     begin_q, length_q = bounds_of(cu_q, sequence)
     kv_head = tl.program_id(1).to(tl.int64)
-    rows = tl.arange(0, N)
-    columns = tl.arange(0, D)
+    rows, columns = tl.arange(0, N), tl.arange(0, D)
     left = length_k - start
     row = begin_k + start
     keys = rows_of(k + row * k_row + kv_head * k_head, k_row, rows, columns, left, HEAD_DIM, True)
@@ -154,8 +151,7 @@ def _walk_keys(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, D)
-    rows = tl.arange(0, N)
+    rows, columns = tl.arange(0, N), tl.arange(0, D)
     for start in range(low, high, N):
         place = tl.full([], 0, tl.int64) + start
         left = length_k - start
@@ -189,8 +185,7 @@ def _queries(
         return
     begin_k, length_k = bounds_of(cu_k, sequence)
     head = tl.program_id(1).to(tl.int64)
-    rows = tl.arange(0, M)
-    columns = tl.arange(0, D)
+    rows, columns = tl.arange(0, M), tl.arange(0, D)
     left = length_q - start
     row = begin_q + start
     k += begin_k * k_row + (head // groups) * k_head
