@@ -33,7 +33,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.library import autocast_dtype, distinct, needs_autograd, operator
+from fastft.library import (
+    autocast_dtype,
+    distinct,
+    implement_in_triton,
+    needs_autograd,
+    operator,
+)
 
 
 class AttentionOptions(NamedTuple):
@@ -150,6 +156,10 @@ def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *re
         grad.to(query.dtype).contiguous() if need else query.new_empty(0)
         for grad, need in zip((dq, dk, dv), needed, strict=True)
     )
+
+
+implement_in_triton("attention", _attention)
+implement_in_triton("attention_backward", _attention_backward)
 
 
 class _Attention(torch.autograd.Function):

@@ -61,6 +61,44 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def sequence_of(cu, sequences, block, BLOCK: tl.constexpr):
+    """The sequence of this block, where sequence s has the blocks from cu[s] // BLOCK + s on.
+
+    These ranges are wide enough for any lengths, so total // BLOCK + sequences programs suffice;
+    those behind the end of their sequence have nothing to do.
+    """
+    low = tl.full([], 0, tl.int32)
+    high = low + sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(cu + middle) // BLOCK + middle <= block
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    begin = tl.load(cu + low)
+    return low, (block - begin // BLOCK - low).to(tl.int32) * BLOCK
+
+
+@triton.jit
+def bounds_of(cu, sequence):
+    begin = tl.load(cu + sequence).to(tl.int64)
+    return begin, (tl.load(cu + sequence + 1) - begin).to(tl.int32)
+
+
+@triton.jit
+def load_rows(pointer, stride, rows, columns, length, HEAD_DIM: tl.constexpr, MASK: tl.constexpr):
+    """Rows of a matrix, 0 beyond its length and its width; `columns` is a power of two long."""
+    place = pointer + rows[:, None] * stride + columns[None, :]
+    if HEAD_DIM < columns.shape[0]:
+        inside = (columns < HEAD_DIM)[None, :]
+        if MASK:
+            inside = inside & (rows < length)[:, None]
+        return tl.load(place, mask=inside, other=0.0)
+    if MASK:
+        return tl.load(place, mask=(rows < length)[:, None], other=0.0)
+    return tl.load(place)
+
+
+@triton.jit
 def tanh(x):
     """tanh to the last digits also near 0, where (1 - e) / (1 + e) loses them (Cephes' tanhf)."""
     square = x * x
