@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .common import (
     ARCHITECTURES,
-    BFLOAT16,
     NAMES,
     Configuration,
     next_power_of_2,
@@ -92,18 +91,21 @@ def _add(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    each = tl.arange(0, RANK)
-    left = tl.load(
-        narrow + row[:, None] * narrow_stride + each[None, :],
-        mask=(row[:, None] < rows) & (each[None, :] < rank),
-        other=0.0,
-    )
-    right = tl.load(
-        wide + each[:, None] * rank_stride + column[None, :] * column_stride,
-        mask=(each[:, None] < rank) & (column[None, :] < columns),
-        other=0.0,
-    )
-    added = tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee") * scale
+    added = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rank, RANK):
+        each = start + tl.arange(0, RANK)
+        left = tl.load(
+            narrow + row[:, None] * narrow_stride + each[None, :],
+            mask=(row[:, None] < rows) & (each[None, :] < rank),
+            other=0.0,
+        )
+        right = tl.load(
+            wide + each[:, None] * rank_stride + column[None, :] * column_stride,
+            mask=(each[:, None] < rank) & (column[None, :] < columns),
+            other=0.0,
+        )
+        added = tl.dot(left.to(tl.float32), right.to(tl.float32), added, input_precision="ieee")
+    added *= scale
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     if HAS_MASK:
         kept = tl.load(mask + row[:, None] * columns + column[None, :], mask=inside, other=0)
@@ -114,12 +116,12 @@ def _add(
 
 
 def _tile(kernel, rank_block: int) -> dict[str, int]:
-    """Sizes of one program, such that its sums stay in registers at every rank."""
-    rows, columns = {
-        _dot: (32 if rank_block < 64 else 16, 64),
-        _sum: (32, 128 if rank_block < 32 else 64),
-        _add: (32, 128 if rank_block < 32 else 64),
-    }[kernel]
+    """Sizes of one program, such that its sums and operands stay in registers at every rank."""
+    if kernel is _add:
+        # Ranks in blocks: an unrolled product over all of 64 spills.
+        return {"RANK": 16, "ROWS": 32, "COLUMNS": 64}
+    side = 16 if rank_block == LARGEST_RANK else 32
+    rows, columns = (side, 32) if kernel is _dot else (16, 2 * side)
     return {"RANK": rank_block, "ROWS": rows, "COLUMNS": columns}
 
 
@@ -179,14 +181,16 @@ def low_rank_add_(matrix, narrow, wide, mask, keep_scale, scale):
 
 
 def configurations() -> Iterator[Configuration]:
-    for dtype, name in NAMES.items():
-        # Unmasked forms need strictly less; at the ends of the range every tile size occurs.
-        for block in (16, 64) if dtype is not torch.float16 else (32,):
-            for kernel in (_dot, _sum, _add):
-                yield _configuration(dtype, name, kernel, block)
+    # Unmasked forms need less; each size of tile occurs with the widest elements.
+    for kernel in (_dot, _sum, _add):
+        for block in (16, LARGEST_RANK) if kernel is not _add else (16,):
+            yield _configuration(torch.float32, kernel, block, (75, 80, 90, 120))
+            yield _configuration(torch.bfloat16, kernel, block, (80, 90))
+        yield _configuration(torch.float16, kernel, 32, ARCHITECTURES)
 
 
-def _configuration(dtype, name, kernel, block) -> Configuration:
+def _configuration(dtype, kernel, block, architectures) -> Configuration:
+    name = NAMES[dtype]
     types = {
         "matrix": f"*{name}", "narrow": "*fp32", "wide": "*fp32", "mask": "*u8", "out": "*fp32",
         "matrix_stride": "i64", "narrow_stride": "i64", "rank_stride": "i64",
@@ -196,6 +200,6 @@ def _configuration(dtype, name, kernel, block) -> Configuration:
         kernel,
         {argument: types[argument] for argument in kernel.arg_names if argument in types},
         {"HAS_MASK": True, **_tile(kernel, block)},
-        architectures=BFLOAT16 if dtype is torch.bfloat16 else ARCHITECTURES,
+        architectures=architectures,
         label=f"{name} rank {block}",
     )
