@@ -5,10 +5,11 @@
     G = e^(z - lse) - onehot(label);  with the upstream gradient d, and G' = G d s (1 - (z / c)^2):
     dx = G' W,  dW = G'^T x
 
-A tile of logits lives in one program and never reaches memory. A program owns its rows of dx, or of
-dW, and adds to them in the order of its loop: no locks, no atomics, the same bits in every run. In
-half types, tiles where every |G| < eps / 32 (2^-12 in bfloat16) are skipped, as in cut-cross-entropy
-(arXiv 2411.09009): beside a gradient of 1 they round to nothing. In float32 nothing is skipped.
+A tile of logits lives in one program and never reaches memory. A program owns its rows of dx,
+or of dW, and adds to them in the order of its loop: no locks, no atomics, the same bits in every
+run. In half types, tiles where every |G| < eps / 32 (2^-12 in bfloat16) are skipped, as in
+cut-cross-entropy (arXiv 2411.09009): beside a gradient of 1 they round to nothing. In float32
+nothing is skipped.
 
 No operator chooses this form yet: `linear_cross_entropy` runs in chunks of rows, which do fewer
 products and hold a chunk's logits. The region where this form wins awaits a measurement on a GPU.
@@ -16,13 +17,14 @@ Without bias, LoRA, class weights and label smoothing, which the chunks serve.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ARCHITECTURES, BFLOAT16, NAMES, Configuration, on_device, processors
+from .common import BFLOAT16, NAMES, Configuration, on_device, processors
 
 
 @triton.jit
@@ -46,12 +48,12 @@ def _logits(
     for start in range(0, hidden, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         left = tl.load(
-            x + row[:, None] * x_stride + depth[None, :],
+            x + row.to(tl.int64)[:, None] * x_stride + depth[None, :],
             mask=(row[:, None] < rows) & (depth[None, :] < hidden),
             other=0.0,
         )
         right = tl.load(
-            weight + column[None, :] * weight_stride + depth[:, None],
+            weight + column.to(tl.int64)[None, :] * weight_stride + depth[:, None],
             mask=(column[None, :] < vocab) & (depth[:, None] < hidden),
             other=0.0,
         )
@@ -68,14 +70,14 @@ def _forward(
     scale, softcap,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     label = tl.load(labels + row, mask=row < rows, other=ignore_index)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     own = tl.zeros([ROWS], tl.float32)
     for start in range(split * COLUMNS, vocab, tl.num_programs(1) * COLUMNS):
-        column = tl.full([], 0, tl.int64) + start + tl.arange(0, COLUMNS)
+        column = start + tl.arange(0, COLUMNS)
         z = _logits(
             x, weight, x_stride, weight_stride, row, column, rows, vocab, hidden, scale, softcap,
             SOFTCAP, ROWS, COLUMNS, DEPTH,
@@ -98,11 +100,10 @@ def _backward(
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Adds to this program's block of grad: rows of dx, or with OF_WEIGHT rows of dW."""
-    first = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0)
     for start in range(0, rows if OF_WEIGHT else vocab, ROWS if OF_WEIGHT else COLUMNS):
-        other = tl.full([], 0, tl.int64) + start
-        row = (other if OF_WEIGHT else first * ROWS) + tl.arange(0, ROWS)
-        column = (first * COLUMNS if OF_WEIGHT else other) + tl.arange(0, COLUMNS)
+        row = (start if OF_WEIGHT else first * ROWS) + tl.arange(0, ROWS)
+        column = (first * COLUMNS if OF_WEIGHT else start) + tl.arange(0, COLUMNS)
         z = _logits(
             x, weight, x_stride, weight_stride, row, column, rows, vocab, hidden, scale, softcap,
             SOFTCAP, ROWS, COLUMNS, DEPTH,
@@ -112,7 +113,7 @@ def _backward(
         g = tl.exp(z - logarithm[:, None])
         g = tl.where(column[None, :] == label[:, None], g - 1.0, g)
         g = tl.where((column[None, :] < vocab) & (label[:, None] != ignore_index), g, 0.0)
-        if tl.max(tl.max(tl.abs(g), 1), 0) >= threshold:
+        if tl.max(tl.abs(g)) >= threshold:
             if SOFTCAP:
                 g *= 1.0 - (z / softcap) * (z / softcap)
             g *= tl.load(upstream + row, mask=row < rows, other=0.0)[:, None]
@@ -138,20 +139,31 @@ def _add_product(
     for start in range(0, hidden, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         right = tl.load(
-            matrix + inner[:, None] * stride + depth[None, :],
+            matrix + inner.to(tl.int64)[:, None] * stride + depth[None, :],
             mask=(inner[:, None] < inner_size) & (depth[None, :] < hidden),
             other=0.0,
         )
-        place = grad + outer[:, None] * hidden + depth[None, :]
+        place = grad + outer.to(tl.int64)[:, None] * hidden + depth[None, :]
         inside = (outer[:, None] < outer_size) & (depth[None, :] < hidden)
         old = tl.load(place, mask=inside, other=0.0)
         tl.store(place, old + tl.dot(left, right, input_precision="ieee"), mask=inside)
 
 
-def _tile(dtype: torch.dtype, of_weight: bool = False) -> dict[str, int]:
-    if dtype is torch.float32:
+def _tile(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Sizes of one tile; without tensor cores for it, the product holds its operands in registers.
+
+    Triton has no tensor cores on Turing, and float32 is not rounded to fit them.
+    """
+    if dtype is torch.float32 or capability < 80:
         return {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}
-    return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 64}
+    return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
+
+
+def _capability(x: Tensor) -> int:
+    if x.device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -174,7 +186,7 @@ def blockwise_forward(
     """
     x, weight, labels = _rows(x), _rows(weight), labels.contiguous()
     (rows, hidden), vocab = x.shape, weight.shape[0]
-    size = _tile(x.dtype)
+    size = _tile(x.dtype, _capability(x))
     row_blocks, blocks = triton.cdiv(rows, size["ROWS"]), triton.cdiv(vocab, size["COLUMNS"])
     wanted = splits or triton.cdiv(2 * processors(x), max(1, row_blocks))
     splits = max(1, min(wanted, blocks))
@@ -214,7 +226,7 @@ def blockwise_backward(
     threshold = 0.0 if x.dtype is torch.float32 else torch.finfo(x.dtype).eps / 32
     results = []
     for of_weight in (False, True) if weight_grad else (False,):
-        size = _tile(x.dtype, of_weight)
+        size = _tile(x.dtype, _capability(x))
         like, block = (weight, size["COLUMNS"]) if of_weight else (x, size["ROWS"])
         grad = torch.zeros(like.shape, dtype=torch.float32, device=x.device)
         if grad.numel():
@@ -230,7 +242,12 @@ def blockwise_backward(
 
 
 def configurations() -> Iterator[Configuration]:
-    for dtype, name in NAMES.items():
+    # Half types differ in the compiler only where one of them is missing.
+    meant = {
+        torch.float32: (75, 80, 90, 100, 120), torch.bfloat16: BFLOAT16, torch.float16: (75, 100),
+    }  # fmt: skip
+    for dtype, architectures in meant.items():
+        name = NAMES[dtype]
         p, f = f"*{name}", "*fp32"
         types = {
             "x": p, "weight": p, "labels": "*i64", "lse": f, "target": f, "upstream": f,
@@ -243,11 +260,13 @@ def configurations() -> Iterator[Configuration]:
             (_backward, {"OF_WEIGHT": False}),
             (_backward, {"OF_WEIGHT": True}),
         )
-        for kernel, form in forms:
+        for (kernel, form), architecture in product(forms, architectures):
             yield Configuration(
                 kernel,
                 {argument: types[argument] for argument in kernel.arg_names if argument in types},
-                {"SOFTCAP": True, **form, **_tile(dtype, form.get("OF_WEIGHT", False))},
-                architectures=BFLOAT16 if dtype is torch.bfloat16 else ARCHITECTURES,
+                {"SOFTCAP": True, **form, **_tile(dtype, architecture)},
+                architectures=(architecture,),
+                # A few words, once per tile: beside its products they cost nothing.
+                stack=64,
                 label=f"{name} {form}",
             )
