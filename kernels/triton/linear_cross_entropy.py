@@ -266,7 +266,8 @@ def configurations() -> Iterator[Configuration]:
                 {argument: types[argument] for argument in kernel.arg_names if argument in types},
                 {"SOFTCAP": True, **form, **_tile(dtype, architecture)},
                 architectures=(architecture,),
-                # A few words, once per tile: beside its products they cost nothing.
+                # Only where nothing is known of the rows' alignment, as here; aligned rows, which
+                # every usual hidden size has, need none.
                 stack=64,
                 label=f"{name} {form}",
             )

@@ -186,6 +186,7 @@ def configurations() -> Iterator[Configuration]:
         for block in (16, LARGEST_RANK) if kernel is not _add else (16,):
             yield _configuration(torch.float32, kernel, block, (75, 80, 90, 120))
             yield _configuration(torch.bfloat16, kernel, block, (80, 90))
+        yield _configuration(torch.float32, kernel, 32, (80,))
         yield _configuration(torch.float16, kernel, 32, ARCHITECTURES)
 
 
