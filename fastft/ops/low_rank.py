@@ -12,7 +12,7 @@ the memory's speed; above `_GEMM_RANK` they win again and are used.
 import torch
 from torch import Tensor
 
-from fastft.library import operator
+from fastft.library import implement_in_triton, operator
 from fastft.ops import gemm
 
 # Where a GEMM library overtakes the thin kernels (measured in fp32, two cores).
@@ -56,6 +56,9 @@ def _low_rank_add_(matrix, narrow, wide, mask, keep_scale, scale):
     if mask is not None:
         added = added * mask * keep_scale
     matrix.copy_(matrix.to(added.dtype) + added)
+
+
+implement_in_triton("low_rank", _low_rank_dot, _low_rank_sum, _low_rank_add_)
 
 
 def _chosen(operator, rank: int):

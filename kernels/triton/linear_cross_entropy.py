@@ -1,0 +1,273 @@
+"""A head and its loss in blocks, logits recomputed: only the logsumexp of each row is kept.
+
+    z = c tanh(s x W^T / c)                   s: logit scale, c: softcap; z = s x W^T without
+    lse = logsumexp(z), loss = lse - z[label]
+    G = e^(z - lse) - onehot(label);  with the upstream gradient d, and G' = G d s (1 - (z / c)^2):
+    dx = G' W,  dW = G'^T x
+
+A tile of logits lives in one program and never reaches memory. A program owns its rows of dx,
+or of dW, and adds to them in the order of its loop: no locks, no atomics, the same bits in every
+run. In half types, tiles where every |G| < eps / 32 (2^-12 in bfloat16) are skipped, as in
+cut-cross-entropy (arXiv 2411.09009): beside a gradient of 1 they round to nothing. In float32
+nothing is skipped.
+
+No operator chooses this form yet: `linear_cross_entropy` runs in chunks of rows, which do fewer
+products and hold a chunk's logits. The region where this form wins awaits a measurement on a GPU.
+Without bias, LoRA, class weights and label smoothing, which the chunks serve.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import BFLOAT16, NAMES, Configuration, on_device, processors
+
+
+@triton.jit
+def _tanh(x):
+    """To float32's precision near zero too, where a formula of exponentials cancels."""
+    square = x * x
+    series = -17.0 / 315 + square * (62.0 / 2835 - square * (1382.0 / 155925))
+    series = x + x * square * (-1.0 / 3 + square * (2.0 / 15 + square * series))
+    power = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - power) / (1.0 + power)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _logits(
+    x, weight, x_stride, weight_stride, row, column, rows, vocab, hidden, scale, softcap,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """z of one tile, in float32."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, hidden, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        left = tl.load(
+            x + row.to(tl.int64)[:, None] * x_stride + depth[None, :],
+            mask=(row[:, None] < rows) & (depth[None, :] < hidden),
+            other=0.0,
+        )
+        right = tl.load(
+            weight + column.to(tl.int64)[None, :] * weight_stride + depth[:, None],
+            mask=(column[None, :] < vocab) & (depth[:, None] < hidden),
+            other=0.0,
+        )
+        total = tl.dot(left, right, total, input_precision="ieee")
+    total *= scale
+    if SOFTCAP:
+        total = softcap * _tanh(total / softcap)
+    return total
+
+
+@triton.jit
+def _forward(
+    x, weight, labels, lse, target, x_stride, weight_stride, rows, vocab, hidden, ignore_index,
+    scale, softcap,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    label = tl.load(labels + row, mask=row < rows, other=ignore_index)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    own = tl.zeros([ROWS], tl.float32)
+    for start in range(split * COLUMNS, vocab, tl.num_programs(1) * COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        z = _logits(
+            x, weight, x_stride, weight_stride, row, column, rows, vocab, hidden, scale, softcap,
+            SOFTCAP, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        z = tl.where(column[None, :] < vocab, z, float("-inf"))
+        own += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
+        higher = tl.maximum(maximum, tl.max(z, 1))
+        total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        maximum = higher
+    place = split.to(tl.int64) * rows + row
+    tl.store(lse + place, maximum + tl.log(total), mask=row < rows)
+    tl.store(target + place, tl.where(label == ignore_index, 0.0, own), mask=row < rows)
+
+
+@triton.jit
+def _backward(
+    x, weight, labels, lse, upstream, grad, x_stride, weight_stride, rows, vocab, hidden,
+    ignore_index, scale, softcap, threshold,
+    OF_WEIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Adds to this program's block of grad: rows of dx, or with OF_WEIGHT rows of dW."""
+    first = tl.program_id(0)
+    for start in range(0, rows if OF_WEIGHT else vocab, ROWS if OF_WEIGHT else COLUMNS):
+        row = (start if OF_WEIGHT else first * ROWS) + tl.arange(0, ROWS)
+        column = (first * COLUMNS if OF_WEIGHT else start) + tl.arange(0, COLUMNS)
+        z = _logits(
+            x, weight, x_stride, weight_stride, row, column, rows, vocab, hidden, scale, softcap,
+            SOFTCAP, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+        label = tl.load(labels + row, mask=row < rows, other=ignore_index)
+        logarithm = tl.load(lse + row, mask=row < rows, other=0.0)
+        g = tl.exp(z - logarithm[:, None])
+        g = tl.where(column[None, :] == label[:, None], g - 1.0, g)
+        g = tl.where((column[None, :] < vocab) & (label[:, None] != ignore_index), g, 0.0)
+        if tl.max(tl.abs(g)) >= threshold:
+            if SOFTCAP:
+                g *= 1.0 - (z / softcap) * (z / softcap)
+            g *= tl.load(upstream + row, mask=row < rows, other=0.0)[:, None]
+            if OF_WEIGHT:
+                _add_product(
+                    tl.trans(g).to(x.dtype.element_ty), x, x_stride, grad, column, row, vocab,
+                    rows, hidden, DEPTH,
+                )  # fmt: skip
+            else:
+                _add_product(
+                    g.to(x.dtype.element_ty), weight, weight_stride, grad, row, column, rows,
+                    vocab, hidden, DEPTH,
+                )  # fmt: skip
+        # The next tile's sum may be read by other threads than those that wrote this one.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _add_product(
+    left, matrix, stride, grad, outer, inner, outer_size, inner_size, hidden, DEPTH: tl.constexpr
+):
+    """grad[outer] += left matrix[inner], hidden taken in blocks."""
+    for start in range(0, hidden, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        right = tl.load(
+            matrix + inner.to(tl.int64)[:, None] * stride + depth[None, :],
+            mask=(inner[:, None] < inner_size) & (depth[None, :] < hidden),
+            other=0.0,
+        )
+        place = grad + outer.to(tl.int64)[:, None] * hidden + depth[None, :]
+        inside = (outer[:, None] < outer_size) & (depth[None, :] < hidden)
+        old = tl.load(place, mask=inside, other=0.0)
+        tl.store(place, old + tl.dot(left, right, input_precision="ieee"), mask=inside)
+
+
+def _tile(dtype: torch.dtype, capability: int) -> dict[str, int]:
+    """Sizes of one tile; without tensor cores for it, the product holds its operands in registers.
+
+    Triton has no tensor cores on Turing, and float32 is not rounded to fit them.
+    """
+    if dtype is torch.float32 or capability < 80:
+        return {"ROWS": 32, "COLUMNS": 32, "DEPTH": 16}
+    return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
+
+
+def _capability(x: Tensor) -> int:
+    if x.device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def blockwise_forward(
+    x: Tensor,  # (rows, hidden)
+    weight: Tensor,  # (vocab, hidden), of x's dtype
+    labels: Tensor,  # (rows,) int64
+    softcap: float = 0.0,  # 0: none
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """logsumexp of each row's logits and the logit of its label (0 where ignored), float32.
+
+    The vocabulary is dealt to `splits` programs per block of rows, whose results are merged in a
+    fixed order; by default to as many as the device needs to be full.
+    """
+    x, weight, labels = _rows(x), _rows(weight), labels.contiguous()
+    (rows, hidden), vocab = x.shape, weight.shape[0]
+    size = _tile(x.dtype, _capability(x))
+    row_blocks, blocks = triton.cdiv(rows, size["ROWS"]), triton.cdiv(vocab, size["COLUMNS"])
+    wanted = splits or triton.cdiv(2 * processors(x), max(1, row_blocks))
+    splits = max(1, min(wanted, blocks))
+    lse = x.new_empty(splits, rows, dtype=torch.float32)
+    target = torch.empty_like(lse)
+    if rows:
+        with on_device(x):
+            _forward[(row_blocks, splits)](
+                x, weight, labels, lse, target, x.stride(0), weight.stride(0), rows, vocab, hidden,
+                ignore_index, logit_scale, softcap, SOFTCAP=softcap != 0.0, **size, num_warps=4,
+                num_stages=3,
+            )  # fmt: skip
+    if splits == 1:
+        return lse[0], target[0]
+    return lse.logsumexp(0), target.sum(0)
+
+
+def blockwise_backward(
+    x: Tensor,  # (rows, hidden)
+    weight: Tensor,  # (vocab, hidden), of x's dtype
+    labels: Tensor,  # (rows,) int64
+    lse: Tensor,  # (rows,) float32, blockwise_forward's
+    dlosses: Tensor,  # (rows,)
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    weight_grad: bool = True,
+) -> tuple[Tensor, ...]:
+    """dx, and with weight_grad dweight, of losses lse - target with upstream gradients dlosses."""
+    x, weight, labels = _rows(x), _rows(weight), labels.contiguous()
+    (rows, hidden), vocab = x.shape, weight.shape[0]
+    # Rows enter relative to the largest: a mean's 1 / rows would sink G into float16's subnormals.
+    wide = dlosses.to(torch.float32)
+    largest = wide.abs().amax() if rows else wide.new_ones(())
+    largest = torch.where(largest > 0, largest, 1.0)
+    upstream = (wide / largest).contiguous()
+    threshold = 0.0 if x.dtype is torch.float32 else torch.finfo(x.dtype).eps / 32
+    results = []
+    for of_weight in (False, True) if weight_grad else (False,):
+        size = _tile(x.dtype, _capability(x))
+        like, block = (weight, size["COLUMNS"]) if of_weight else (x, size["ROWS"])
+        grad = torch.zeros(like.shape, dtype=torch.float32, device=x.device)
+        if grad.numel():
+            with on_device(x):
+                _backward[(triton.cdiv(like.shape[0], block),)](
+                    x, weight, labels, lse, upstream, grad, x.stride(0), weight.stride(0), rows,
+                    vocab, hidden, ignore_index, logit_scale, softcap, threshold,
+                    OF_WEIGHT=of_weight, SOFTCAP=softcap != 0.0, **size, num_warps=4,
+                    num_stages=3,
+                )  # fmt: skip
+        results.append(grad.mul_(largest * logit_scale).to(like.dtype))
+    return tuple(results)
+
+
+def configurations() -> Iterator[Configuration]:
+    # Half types differ in the compiler only where one of them is missing.
+    meant = {
+        torch.float32: (75, 80, 90, 100, 120), torch.bfloat16: BFLOAT16, torch.float16: (75, 100),
+    }  # fmt: skip
+    for dtype, architectures in meant.items():
+        name = NAMES[dtype]
+        p, f = f"*{name}", "*fp32"
+        types = {
+            "x": p, "weight": p, "labels": "*i64", "lse": f, "target": f, "upstream": f,
+            "grad": f, "x_stride": "i64", "weight_stride": "i64", "rows": "i32", "vocab": "i32",
+            "hidden": "i32", "ignore_index": "i32", "scale": "fp32", "softcap": "fp32",
+            "threshold": "fp32",
+        }  # fmt: skip
+        forms = (
+            (_forward, {}),
+            (_backward, {"OF_WEIGHT": False}),
+            (_backward, {"OF_WEIGHT": True}),
+        )
+        for (kernel, form), architecture in product(forms, architectures):
+            yield Configuration(
+                kernel,
+                {argument: types[argument] for argument in kernel.arg_names if argument in types},
+                {"SOFTCAP": True, **form, **_tile(dtype, architecture)},
+                architectures=(architecture,),
+                # Only where nothing is known of the rows' alignment, as here; aligned rows, which
+                # every usual hidden size has, need none.
+                stack=64,
+                label=f"{name} {form}",
+            )
