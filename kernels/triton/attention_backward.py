@@ -110,7 +110,9 @@ def _keys(
     left = length_k - start
     row = begin_k + start
     keys = load_rows(k + row * k_row + kv_head * k_head, k_row, rows, columns, left, HEAD_DIM, True)
-    values = load_rows(v + row * v_row + kv_head * v_head, v_row, rows, columns, left, HEAD_DIM, True)
+    values = load_rows(
+        v + row * v_row + kv_head * v_head, v_row, rows, columns, left, HEAD_DIM, True
+    )
     shift = length_k - length_q
     low = tl.full([], 0, tl.int32)
     high = length_q

@@ -24,18 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BFLOAT16, NAMES, Configuration, on_device, processors
-
-
-@triton.jit
-def _tanh(x):
-    """To float32's precision near zero too, where a formula of exponentials cancels."""
-    square = x * x
-    series = -17.0 / 315 + square * (62.0 / 2835 - square * (1382.0 / 155925))
-    series = x + x * square * (-1.0 / 3 + square * (2.0 / 15 + square * series))
-    power = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - power) / (1.0 + power)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+from .common import BFLOAT16, NAMES, Configuration, on_device, processors, tanh
 
 
 @triton.jit
@@ -60,7 +49,7 @@ def _logits(
         total = tl.dot(left, right, total, input_precision="ieee")
     total *= scale
     if SOFTCAP:
-        total = softcap * _tanh(total / softcap)
+        total = softcap * tanh(total / softcap)
     return total
 
 
