@@ -296,5 +296,6 @@ def configurations() -> Iterator[Configuration]:
                     **options_of(feature), "HEAD_DIM": head_dim, "M": m, "N": n,
                     "D": padded(head_dim),
                 },
-                warps, stages, (target,), label=f"{NAMES[dtype]} {head_dim} {feature}",
+                warps, stages, (target,), stack=8 if target == 120 else 0,
+                label=f"{NAMES[dtype]} {head_dim} {feature}",
             )  # fmt: skip
