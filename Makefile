@@ -30,7 +30,7 @@ test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
 	$(PY) -m pytest $(ARGS)
 
 bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
-	$(PY) -m pytest bench $(ARGS)
+	$(PY) -m pytest bench -s $(ARGS)
 
 lint: $(BUILT)  ## check the style
 	$(PY) -m ruff check .
