@@ -7,8 +7,7 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <cmath>
 #define FASTFT_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 // Dynamic shared memory, 16-byte aligned.
@@ -25,7 +24,7 @@ namespace fastft::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Half types by their bits, so that neither CUDA's classes nor the host's differ in what they allow.
+// Half types by their bits: CUDA's own classes are not there on the host.
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
@@ -43,7 +42,9 @@ __device__ __forceinline__ float to_float(bfloat16 x) {
 }
 __device__ __forceinline__ float to_float(float16 x) {
 #ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
 #else
   return float(bit_cast<_Float16>(x.bits));
 #endif
@@ -57,7 +58,9 @@ __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <>
 __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  bfloat16 narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+  return narrow;
 #else
   uint32_t bits = bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t(0x7fc0)};
@@ -67,7 +70,9 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
 template <>
 __device__ __forceinline__ float16 from_float<float16>(float x) {
 #ifdef __CUDA_ARCH__
-  return {__half_as_ushort(__float2half_rn(x))};
+  float16 narrow;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+  return narrow;
 #else
   return {bit_cast<uint16_t>(_Float16(x))};
 #endif
