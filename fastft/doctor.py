@@ -99,8 +99,8 @@ def text(found: dict) -> str:
         lines.append("  kernels       none")
     lines.append(f"  threads       {found['threads']}")
     lines.append(f"  products      float32 on {found['float32_products']}")
-    architectures = (found["build"] or {}).get("cuda_architectures")
-    lines += ["", "cuda", f"  kernels       {', '.join(architectures or []) or 'no CUDA C++ built'}"]
+    built = (found["build"] or {}).get("cuda_architectures") or ["no CUDA C++ built"]
+    lines += ["", "cuda", f"  kernels       {', '.join(built)}"]
     lines += ["", _operators(found)]
     lines += [f"\nwarning: {warning}" for warning in found["warnings"]]
     return "\n".join(lines)
