@@ -69,7 +69,7 @@ class _Patcher:
         self.known: dict = {}
 
     def run(self, model: nn.Module) -> None:
-        from fastft.patch import causal_lm, gated_mlp, heads, lora, norm
+        from fastft.patch import causal_lm, gated_mlp, heads, linear, lora, norm
 
         modules = list(model.modules())
         for module in modules:
@@ -77,6 +77,8 @@ class _Patcher:
                 self.try_swap(module, "norm", norm, lambda options: options.raw)
             elif gated_mlp.is_candidate(module):
                 self.try_swap(module, "gated_mlp", gated_mlp, lambda options: "gated_mlp")
+            elif linear.is_candidate(module):
+                self.try_swap(module, "linear", linear, lambda _: "linear")
             elif lora.is_candidate(module):
                 self.swap_lora(module)
             elif _is_lora(module):
