@@ -1,7 +1,7 @@
 """decode_attention against PyTorch's scaled_dot_product_attention over the slots in use.
 
-The floor is the time in which the caches' bytes can be read: twice, because the machine's rate is
-measured here, by adding up as many bytes.
+The floor is the time in which memory gives the bytes of the slots in use; caches that stay in the
+processor's own, as the smaller ones here do, can be below it.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fastft.ops.decode_attention import decode_attention
 
 HEADS = {"9/3x64": (9, 3, 64), "32/8x128": (32, 8, 128)}
-BANDWIDTH = 17e9  # bytes per second that 2 cores read from memory
+BANDWIDTH = 47e9  # bytes per second that 2 cores of a Zen 5 read from memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,10 +1,12 @@
 // Attention over a KV cache. The slots are cut into blocks at fixed positions; a block's maximum,
 // sum and weighted values are made on their own and merged in ascending order, so that who computes
-// a block, and beside what, changes no bit. Whoever reads one key head shares the reads of its slots.
+// a block, and beside what, changes no bit. All that read a key head share the reads of its slots.
 #include "decode_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
+#include <vector>
 
 #include "attention_block.h"
 
@@ -12,6 +14,7 @@ namespace fastft::FASTFT_ISA {
 namespace {
 
 constexpr int64_t kBlock = 256;  // slots of a block, read in tiles of kKeys that stay in the cache
+constexpr int64_t kStep = 16;    // values added up between two requests for the next
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // One row of the batch and one key head, with all that read it: line l is head l % groups of query
@@ -53,11 +56,24 @@ inline Vec fold_each(Vec (&x)[kWidth]) {
   return x[0];
 }
 
+// Rows that will be read next. Asked for a few at a time between products, so that memory works
+// while the processor computes.
+struct Ahead {
+  const char* data;
+  int64_t stride, bytes, rows;
+  void fetch(int64_t first, int64_t count) const {
+    for (int64_t row = first; row < std::min(first + count, rows); ++row)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + row * stride + i);
+  }
+};
+
 // scores[l][c] = q[l] k[c] for L lines, kWidth products at a time.
 template <int L>
-void score_lines(Rows q, Rows k, int64_t padded, int64_t keys, float* scores) {
+void score_lines(Rows q, Rows k, int64_t padded, int64_t keys, const Ahead& ahead,
+                 float* scores) {
   constexpr int K = kWidth / L;
   for (int64_t c = 0; c < keys; c += K) {
+    ahead.fetch(c, K);
     const float* key[K];
     // The last key again where there is none: who made a product does not matter, its slot does.
     for (int j = 0; j < K; ++j) key[j] = k[std::min(c + j, keys - 1)];
@@ -80,15 +96,16 @@ void score_lines(Rows q, Rows k, int64_t padded, int64_t keys, float* scores) {
   }
 }
 
-void score_tile(Rows q, Rows k, int64_t lines, int64_t padded, int64_t keys, float* scores) {
+void score_tile(Rows q, Rows k, int64_t lines, int64_t padded, int64_t keys, Ahead ahead,
+                float* scores) {
   int64_t l = 0;
-  for (; l + 4 <= lines; l += 4)
-    score_lines<4>({q[l], q.stride}, k, padded, keys, scores + l * kBlock);
+  for (; l + 4 <= lines; l += 4, ahead.rows = 0)
+    score_lines<4>({q[l], q.stride}, k, padded, keys, ahead, scores + l * kBlock);
   if (l + 2 <= lines) {
-    score_lines<2>({q[l], q.stride}, k, padded, keys, scores + l * kBlock);
-    l += 2;
+    score_lines<2>({q[l], q.stride}, k, padded, keys, ahead, scores + l * kBlock);
+    l += 2, ahead.rows = 0;
   }
-  if (l < lines) score_lines<1>({q[l], q.stride}, k, padded, keys, scores + l * kBlock);
+  if (l < lines) score_lines<1>({q[l], q.stride}, k, padded, keys, ahead, scores + l * kBlock);
 }
 
 // Turns the scores of the slots in `seen` into e^(score - max).
@@ -112,10 +129,10 @@ void softmax_line(const DecodeAttention& a, float* scores, Span seen, float* max
   *sum = fold(sums, [](Vec x, Vec y) { return x + y; })[0];
 }
 
-// values += weights v over the slots of `part`, the first of which is v's first row. Every line adds
-// the slots that it sees and no other: a weight of 0 would not silence NaN.
+// values += weights v over the slots of `part`, the first of which is v's first row. A line adds the
+// slots that it sees and no other: a weight of 0 would not silence NaN.
 void weigh_tile(const Readers& s, const float* scores, int64_t block, Span part, Rows v,
-                float* values) {
+                Ahead ahead, float* values) {
   auto add = [&](int64_t line, int lines, Span slots) {
     if (slots.empty()) return;
     product({scores + line * kBlock + slots.begin - block, kBlock, 1, v[slots.begin - part.begin],
@@ -128,7 +145,11 @@ void weigh_tile(const Readers& s, const float* scores, int64_t block, Span part,
     if (all.empty()) all = {part.end, part.end};
     for (int l = 0; l < lines; ++l)
       add(line + l, 1, clip(s.seen(line + l), part.begin, all.begin));
-    add(line, lines, all);
+    for (int64_t slot = all.begin; slot < all.end; slot += kStep) {
+      ahead.fetch(slot - part.begin, kStep);
+      add(line, lines, clip(all, slot, slot + kStep));
+    }
+    ahead.rows = 0;
     for (int l = 0; l < lines; ++l) add(line + l, 1, clip(s.seen(line + l), all.end, part.end));
     line += lines;
   }
@@ -161,30 +182,42 @@ void read_queries(const Readers& s, float* q) {
 }
 
 template <class T>
+Rows rows_at(const Readers& s, const CachedHeads& x, Span slots, float* scratch) {
+  return float_rows(at<T>(x, s.row, slots.begin, s.kv_head), x.token_stride,
+                    slots.end - slots.begin, s.a.dim, scratch);
+}
+template <class T>
+Ahead ahead_at(const Readers& s, const CachedHeads& x, Span slots) {
+  slots = clip(slots, 0, s.seen().end);
+  return {reinterpret_cast<const char*>(at<T>(x, s.row, slots.begin, s.kv_head)),
+          int64_t(sizeof(T)) * x.token_stride, int64_t(sizeof(T)) * s.a.dim,
+          slots.end - slots.begin};
+}
+
+template <class T>
 void attend(const Readers& s, int64_t block, const Workspace& w, Softmax out) {
-  const DecodeAttention& a = s.a;
   Span slots = clip(s.seen(), block, block + kBlock);
-  auto for_each_tile = [&](const CachedHeads& x, auto&& body) {
-    for (int64_t begin = slots.begin; begin < slots.end;) {
-      Span part{begin, std::min(begin / kKeys * kKeys + kKeys, slots.end)};
-      body(part, float_rows(at<T>(x, s.row, begin, s.kv_head), x.token_stride,
-                            part.end - part.begin, a.dim, w.tile));
-      begin = part.end;
+  auto for_each_tile = [&](auto&& body) {
+    for (int64_t end, begin = slots.begin; begin < slots.end; begin = end) {
+      end = std::min(begin / kKeys * kKeys + kKeys, slots.end);
+      body(Span{begin, end});
     }
   };
   out.clear(s);
-  for_each_tile(a.k, [&](Span part, Rows k) {
-    score_tile({w.q, s.padded}, k, s.lines, s.padded, part.end - part.begin,
-               w.scores + part.begin - block);
+  for_each_tile([&](Span part) {
+    score_tile({w.q, s.padded}, rows_at<T>(s, s.a.k, part, w.tile), s.lines, s.padded,
+               part.end - part.begin, ahead_at<T>(s, s.a.v, part), w.scores + part.begin - block);
   });
   for (int64_t line = 0; line < s.lines; ++line) {
     Span seen = s.seen(line);
     seen = clip({seen.begin - block, seen.end - block}, 0, kBlock);
     if (!seen.empty())
-      softmax_line(a, w.scores + line * kBlock, seen, out.max + line, out.sum + line);
+      softmax_line(s.a, w.scores + line * kBlock, seen, out.max + line, out.sum + line);
   }
-  for_each_tile(a.v, [&](Span part, Rows v) {
-    weigh_tile(s, w.scores, block, part, v, out.values);
+  for_each_tile([&](Span part) {
+    Span next{part.begin + kBlock, part.end + kBlock};
+    weigh_tile(s, w.scores, block, part, rows_at<T>(s, s.a.v, part, w.tile),
+               ahead_at<T>(s, s.a.k, next), out.values);
   });
 }
 
@@ -222,47 +255,50 @@ void finish(const Readers& s, Softmax merged) {
 
 void decode_attention(const DecodeAttention& a) {
   const Readers any(a, 0);
-  int64_t items = a.batch * a.kv_heads, blocks = 0, slots = 0;
+  int64_t items = a.batch * a.kv_heads, blocks = 1, slots = 0;
   for (int64_t row = 0; row < a.batch; ++row) {
     blocks = std::max<int64_t>(blocks, (a.lengths[row] + kBlock - 1) / kBlock);
     slots += a.lengths[row];
   }
   int64_t work = slots * a.queries * a.heads * a.dim;
-  const int threads = threads_for(items * std::max<int64_t>(blocks, 1), work >= 16 * kGrain);
-  // Few items leave threads idle: then the blocks are shared out, and merged in a second pass.
+  const int threads = threads_for(items * blocks, work >= 16 * kGrain);
+  // Few items leave threads idle: then blocks are shared out, and who makes an item's last one
+  // merges them all.
   const bool split = threads > 1 && items < 4 * threads;
   by_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     Scratch scratch(Workspace::size(any), threads);
     Scratch partials(Softmax::size(any), split ? int(items * blocks) : 0);
-    auto partial = [&](int64_t item, int64_t block) {
-      return partials.data + (item * blocks + block) * partials.size;
+    std::vector<std::atomic<int64_t>> missing(split ? items : 0);
+    for (auto& count : missing) count = blocks;
+    auto partial = [&](const Readers& s, int64_t item, int64_t block) {
+      return Softmax(partials.data + (item * blocks + block) * partials.size, s);
     };
-#pragma omp parallel num_threads(threads)
-    {
-      const Workspace w(scratch.own(), any);
-      if (split) {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < items * blocks; ++i) {
-          const Readers s(a, i / blocks);
-          if (clip(s.seen(), i % blocks * kBlock, (i % blocks + 1) * kBlock).empty()) continue;
-          read_queries<T>(s, w.q);
-          attend<T>(s, i % blocks * kBlock, w, Softmax(partial(i / blocks, i % blocks), s));
-        }
+    auto merge_all = [&](const Readers& s, const Workspace& w, auto&& made) {
+      Softmax merged(w.merged, s);
+      merged.clear(s);
+      for (int64_t block = s.seen().begin / kBlock; block * kBlock < s.seen().end; ++block)
+        merge(s, block * kBlock, made(block), merged);
+      finish<T>(s, merged);
+    };
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < items * (split ? blocks : 1); ++i) {
+      int64_t item = split ? i / blocks : i, own = i % blocks;
+      const Readers s(a, item);
+      const Workspace w(scratch.own(), s);
+      auto make = [&](int64_t block, Softmax out) {
+        attend<T>(s, block * kBlock, w, out);
+        return out;
+      };
+      read_queries<T>(s, w.q);
+      if (!split) {
+        merge_all(s, w, [&](int64_t block) { return make(block, Softmax(w.block, s)); });
+        continue;
       }
-#pragma omp for schedule(dynamic)
-      for (int64_t item = 0; item < items; ++item) {
-        const Readers s(a, item);
-        Softmax merged(w.merged, s);
-        merged.clear(s);
-        if (!split) read_queries<T>(s, w.q);
-        for (int64_t block = s.seen().begin / kBlock; block * kBlock < s.seen().end; ++block) {
-          Softmax one(split ? partial(item, block) : w.block, s);
-          if (!split) attend<T>(s, block * kBlock, w, one);
-          merge(s, block * kBlock, one, merged);
-        }
-        finish<T>(s, merged);
-      }
+      if (!clip(s.seen(), own * kBlock, own * kBlock + kBlock).empty())
+        make(own, partial(s, item, own));
+      if (--missing[item] == 0)
+        merge_all(s, w, [&](int64_t block) { return partial(s, item, block); });
     }
   });
 }
