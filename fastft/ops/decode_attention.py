@@ -18,7 +18,10 @@ its own, and blocks are merged in ascending order:
 
     M = max(m, m')      z <- z e^(m - M) + z' e^(m' - M)      and the weighted values likewise
 
-Everything between reading the query and the cache and writing is in float32. There is no gradient.
+Everything between reading the query and the cache and writing is in float32, but that CUDA's kernel
+rounds e^(t - m) to a half type's precision before it weights values of that type. There is no
+gradient. The reference serves float64, and on CUDA heads that are no multiple of 8 up to 256 wide:
+it does not promise the same bits.
 """
 
 import torch
@@ -141,7 +144,9 @@ def decode_attention(
             "decode_attention has no gradient and no rule for torch.func: call it under "
             "torch.no_grad(), or call fastft.ops.attention.attention"
         )
-    return _decode_attention(
+    # What the CUDA kernel does not take.
+    reference = query.is_cuda and (query.shape[3] % 8 or query.shape[3] > 256)
+    return (_decode_attention.reference if reference else _decode_attention)(
         query if query.stride(3) == 1 or query.shape[3] <= 1 else query.contiguous(),
         key_cache,
         value_cache,
