@@ -129,8 +129,8 @@ void softmax_line(const DecodeAttention& a, float* scores, Span seen, float* max
   *sum = fold(sums, [](Vec x, Vec y) { return x + y; })[0];
 }
 
-// values += weights v over the slots of `part`, the first of which is v's first row. A line adds the
-// slots that it sees and no other: a weight of 0 would not silence NaN.
+// values += weights v over the slots of `part`, the first of which is v's first row. A line adds
+// the slots that it sees and no other: a weight of 0 would not silence NaN.
 void weigh_tile(const Readers& s, const float* scores, int64_t block, Span part, Rows v,
                 Ahead ahead, float* values) {
   auto add = [&](int64_t line, int lines, Span slots) {
@@ -203,6 +203,7 @@ void attend(const Readers& s, int64_t block, const Workspace& w, Softmax out) {
       body(Span{begin, end});
     }
   };
+  read_queries<T>(s, w.q);
   out.clear(s);
   for_each_tile([&](Span part) {
     score_tile({w.q, s.padded}, rows_at<T>(s, s.a.k, part, w.tile), s.lines, s.padded,
@@ -290,7 +291,6 @@ void decode_attention(const DecodeAttention& a) {
         attend<T>(s, block * kBlock, w, out);
         return out;
       };
-      read_queries<T>(s, w.q);
       if (!split) {
         merge_all(s, w, [&](int64_t block) { return make(block, Softmax(w.block, s)); });
         continue;

@@ -20,8 +20,8 @@ its own, and blocks are merged in ascending order:
 
 Everything between reading the query and the cache and writing is in float32, but that CUDA's kernel
 rounds e^(t - m) to a half type's precision before it weights values of that type. There is no
-gradient. The reference serves float64, and on CUDA heads that are no multiple of 8 up to 256 wide:
-it does not promise the same bits.
+gradient. The reference, which does not promise the same bits, serves float64, and on CUDA heads
+that are no multiple of 8 up to 256 wide.
 """
 
 import torch
