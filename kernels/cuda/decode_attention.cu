@@ -196,7 +196,7 @@ __device__ void make_weights(const DecodeAttention& a, const Tile& s, float* sco
   }
 }
 
-// ---- sums (kWarps, kLines, kColumns) = weights values, each warp's over its own of `slots` -------
+// ---- sums (kWarps, kLines, kColumns) = weights values, each warp's over its own of `slots` ------
 
 template <class T>
 __device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
