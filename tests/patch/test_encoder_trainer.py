@@ -90,8 +90,7 @@ def test_accumulation_of_decoders_with_a_classification_head(tmp_path, name):
 def test_transformers_still_has_the_fault(tmp_path):
     """When this fails, the correction may go: heads.py says what it is for."""
     whole, parts = (
-        trained(tmp_path, "bert", "SequenceClassification", "never", split)
-        for split in SPLITS
+        trained(tmp_path, "bert", "SequenceClassification", "never", split) for split in SPLITS
     )
     assert history(parts)[0] == pytest.approx(4 * history(whole)[0], rel=1e-3)
 
