@@ -25,9 +25,14 @@ class Configuration:
     warps: int = 4
     stages: int = 3
     architectures: tuple[int, ...] = ARCHITECTURES
-    # A kernel that needs more registers than this, or more bytes of stack, is a regression.
+    # A kernel that needs more registers than this, or more bytes of stack, is a regression. A stack
+    # of None: never launched on rows that are not aligned.
     registers: int = 255
-    stack: int = 0
+    stack: int | None = 0
+    # The same where pointers and these integers are multiples of 16, as in usual models: loads are
+    # then of 16 bytes.
+    multiples: tuple[str, ...] = ()
+    aligned_stack: int = 0
     label: str = ""
 
 
