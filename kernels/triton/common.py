@@ -52,6 +52,14 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
+def capability(x: Tensor) -> int:
+    """Compute capability of x's device, 90 for instance."""
+    if x.device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def on_device(x: Tensor):
     """Triton launches on the current device: make that the tensor's."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BFLOAT16, NAMES, Configuration, on_device, processors, tanh
+from .common import BFLOAT16, NAMES, Configuration, capability, on_device, processors, tanh
 
 
 @triton.jit
@@ -156,13 +156,6 @@ def _tile(dtype: torch.dtype, capability: int) -> dict[str, int]:
     return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
 
 
-def _capability(x: Tensor) -> int:
-    if x.device.type != "cuda":  # the interpreter
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
 def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
@@ -197,7 +190,7 @@ def linear_cross_entropy_blockwise(x, weight, labels, ignore_index, numbers, spl
     softcap, scale = numbers
     weight, labelled = _rows(weight), _Labelled.of(labels, ignore_index, vocab)
     x = x[labelled.order]
-    size = _tile(x.dtype, _capability(x))
+    size = _tile(x.dtype, capability(x))
     row_blocks, blocks = triton.cdiv(rows, size["ROWS"]), triton.cdiv(vocab, size["COLUMNS"])
     wanted = splits or triton.cdiv(2 * processors(x), max(1, row_blocks))
     splits = max(1, min(wanted, blocks))
@@ -230,7 +223,7 @@ def linear_cross_entropy_blockwise_backward(
     upstream = wide / largest
     largest = largest * scale
     threshold = 0.0 if x.dtype is torch.float32 else torch.finfo(x.dtype).eps / 32
-    size = _tile(x.dtype, _capability(x))
+    size = _tile(x.dtype, capability(x))
     results = []
     for of_weight, like, block in ((False, x, size["ROWS"]), (True, weight, size["COLUMNS"])):
         if not needs[of_weight]:
@@ -278,8 +271,9 @@ def configurations() -> Iterator[Configuration]:
                 {argument: types[argument] for argument in kernel.arg_names if argument in types},
                 {"SOFTCAP": True, **form, **_tile(dtype, architecture)},
                 architectures=(architecture,),
-                # Only where nothing is known of the rows' alignment, as here; aligned rows, which
-                # every usual hidden size has, need none.
+                # Where nothing is known of the rows' alignment.
                 stack=64,
+                aligned_stack=8,
+                multiples=("x_stride", "weight_stride", "vocab", "hidden"),
                 label=f"{name} {form}",
             )

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Configuration, next_power_of_2, on_device
+from .common import Configuration, capability, next_power_of_2, on_device
 
 LARGEST_RANK = 64
 WARPS, STAGES = 8, 3
@@ -93,13 +93,6 @@ def _tile(target: int, rank_block: int) -> dict[str, int]:
     return {"ROWS": 128, "COLUMNS": 128 if wide else 64, "DEPTH": 64}
 
 
-def _target(x: Tensor) -> int:
-    if x.device.type != "cuda":  # the interpreter
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
 def _parts(a: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Tensors of dtype whose sum is a: three hold the 24 bits of a float32."""
     parts = []
@@ -129,7 +122,7 @@ def lora_product(
     y = x.new_empty(rows, columns)
     xa = x.new_empty(rows, rank, dtype=torch.float32)
     block = max(16, next_power_of_2(rank))
-    size = _tile(_target(x), block)
+    size = _tile(capability(x), block)
     if y.numel():
         programs = triton.cdiv(rows, size["ROWS"]) * triton.cdiv(columns, size["COLUMNS"])
         with on_device(x):

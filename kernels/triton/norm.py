@@ -176,6 +176,9 @@ def layer_norm_backward(dy, dtotal, x, weight, mean, rstd, weight_grad, bias_gra
     return _gradients(dy, dtotal, x, weight, mean, rstd, 0.0, True, weight_grad, bias_grad)
 
 
+MULTIPLES = ("dy_stride", "dtotal_stride", "x_stride", "residual_stride", "hidden")
+
+
 def configurations() -> Iterator[Configuration]:
     for dtype, name in NAMES.items():
         for hidden in (576, 4096, 8192):
@@ -186,6 +189,8 @@ def configurations() -> Iterator[Configuration]:
 def _configurations(dtype, name, block, center):
     p, f = f"*{name}", "*fp32"
     architectures = BFLOAT16 if dtype is torch.bfloat16 else ARCHITECTURES
+    if block < LONGEST:
+        architectures = architectures[:: len(architectures) - 1]
     yield Configuration(
         _forward,
         {
@@ -197,7 +202,8 @@ def _configurations(dtype, name, block, center):
             "CENTER": center, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": center,
             "BLOCK": block,
         },
-        warps_for(block), architectures=architectures, label=f"{name} {block}",
+        warps_for(block), architectures=architectures, multiples=MULTIPLES,
+        label=f"{name} {block}",
     )  # fmt: skip
     yield Configuration(
         _backward,
@@ -211,5 +217,6 @@ def _configurations(dtype, name, block, center):
             "BIAS_GRAD": center, "BLOCK": block,
         },
         warps_for(block), architectures=architectures, stack=8 if block == LONGEST else 0,
+        multiples=MULTIPLES, aligned_stack=16 if block == LONGEST else 8,
         label=f"{name} {block}",
     )  # fmt: skip

@@ -206,5 +206,6 @@ def configurations() -> Iterator[Configuration]:
                     {n: c for n, c in constants.items() if n in kernel.arg_names},
                     warps,
                     architectures=ends[dtype],
+                    multiples=(*strides, "hidden"),
                     label=name,
                 )

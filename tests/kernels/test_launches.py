@@ -64,8 +64,10 @@ def vectors(*shapes):
     return [torch.randn(*shape).half() for shape in shapes]
 
 
-def test_norm_reads_rows_that_lie_far_apart():
+@pytest.mark.parametrize("longest", [0, 8192])
+def test_norm_reads_rows_that_lie_far_apart(monkeypatch, longest):
     norm = kernels("norm")
+    monkeypatch.setattr(norm, "LONGEST", longest)
     x, dy, weight = vectors((12, 24), (12, 24), (24,))
     same(norm.rms_norm(far(x), far(dy), weight, 1e-6, 0.0), norm.rms_norm(x, dy, weight, 1e-6, 0.0))
     *_, mean, rstd = norm.layer_norm(x, None, weight, weight, 1e-5)
@@ -76,8 +78,10 @@ def test_norm_reads_rows_that_lie_far_apart():
     )
 
 
-def test_norm_writes_beyond_2_to_the_31(monkeypatch, last_program_only):
+@pytest.mark.parametrize("longest", [0, 8192])
+def test_norm_writes_beyond_2_to_the_31(monkeypatch, last_program_only, longest):
     norm = kernels("norm")
+    monkeypatch.setattr(norm, "LONGEST", longest)
     rows, hidden = (1 << 31) // 4096 + 7, 4096
     x, dy = vectors((1, hidden), (1, hidden))
     y, total, rstd = norm.rms_norm(x.expand(rows, -1), dy.expand(rows, -1), None, 1e-6, 0.0)
