@@ -54,6 +54,16 @@ def test_a_gpus_chunks_with_adapters_wider_than_the_head(as_on_a_gpu, lora_dtype
     assert_as_exact(fused, eager, (*args, {}))
 
 
+def test_a_gpus_chunks_add_a_heads_gradient_up_in_float32(as_on_a_gpu):
+    """Hundreds of chunks with gradients of one sign: a sum in bfloat16 would stand still."""
+    rows = 128 * 600
+    x, weight = torch.ones(rows, 4).bfloat16(), torch.zeros(8, 4).bfloat16().requires_grad_()
+    linear_cross_entropy(x, Head(weight), torch.zeros(rows, dtype=torch.long)).backward()
+    wanted = torch.full((8, 4), 1 / 8)
+    wanted[0] = 1 / 8 - 1
+    torch.testing.assert_close(weight.grad.float(), wanted, rtol=1e-2, atol=0)
+
+
 def test_the_chunks_of_a_gpu():
     class Rows(torch.Tensor):
         is_cuda = True
