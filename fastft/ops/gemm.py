@@ -58,3 +58,12 @@ def add_matmul(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
     if uses_onednn(x.shape[0], w, x) and total.is_contiguous():
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, w.t(), None, "add")
     return torch.addmm(total, x, w)
+
+
+def add_product_(total: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
+    """total += scale * x w in place, total of a dtype as wide as x's and w's, or wider."""
+    if x.is_cuda and x.dtype is w.dtype and x.dtype is not total.dtype:
+        # On tensor cores in x's dtype, whose products are exact in float32; nothing is copied.
+        torch.addmm(total, x, w, out_dtype=total.dtype, alpha=scale, out=total)
+    else:
+        total.addmm_(x.to(total.dtype), w.to(total.dtype), alpha=scale)
