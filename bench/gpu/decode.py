@@ -98,7 +98,9 @@ def inference(function):
 
 def cases() -> list[Case]:
     made = [
-        Case.of(f"decode_attention {shape.name}, {rows} rows", inference(decode_attention), shape, rows)
+        Case.of(
+            f"decode_attention {shape.name}, {rows} rows", inference(decode_attention), shape, rows
+        )
         for shape in (LLAMA_8B, LLAMA_1B)
         for rows in (1, 8, 64)
     ]
@@ -110,5 +112,7 @@ def cases() -> list[Case]:
                 call = inference(quantized_linear), LLAMA_8B, bits, rows, lora
                 made.append(Case.of(name, *call))
     for shape, rows in ((LLAMA_1B, 1), (LLAMA_1B, 8), (LLAMA_8B, 1)):
-        made.append(Case.of(f"generate {shape.name}, {rows} rows", inference(generate), shape, rows))
+        made.append(
+            Case.of(f"generate {shape.name}, {rows} rows", inference(generate), shape, rows)
+        )
     return made

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -248,15 +249,13 @@ def rates(here: Here, timer) -> dict[str, float]:
     best = {}
     source = torch.randn(1 << (16 if here.toy else 28), device=here.device)
     target = torch.empty_like(source)
-    side = Side(lambda: target.copy_(source))
-    best["copy"] = 2 * source.numel() * 4 / _best(timer, side)
+    best["copy"] = 2 * source.numel() * 4 / _best(timer, Side(partial(target.copy_, source)))
     del source, target
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         n = 64 if here.toy else 8192 if dtype is not torch.float32 else 4096
         a, b = (torch.randn(n, n, device=here.device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        side = Side(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
-        best[str(dtype)[6:]] = 2 * n**3 / _best(timer, side)
+        best[str(dtype)[6:]] = 2 * n**3 / _best(timer, Side(partial(torch.mm, a, b, out=out)))
     return best
 
 

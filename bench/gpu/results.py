@@ -24,7 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "bench" / "results"
 SOURCES = ("setup.py", "fastft/**/*.py", "csrc/**/*.*", "kernels/**/*.*", "bench/gpu/*.py",
            "tests/truth.py", "tests/gpu/*.py")  # fmt: skip
-HEADS = ("side", "ms", "ratio", "floor ms", "of floor", "tokens/s", "peak MiB", "host ms", "differs")
+HEADS = (
+    "side",
+    "ms",
+    "ratio",
+    "floor ms",
+    "of floor",
+    "tokens/s",
+    "peak MiB",
+    "host ms",
+    "differs",
+)
 
 
 def folder_for(device: str, asked: str | None) -> Path:
@@ -142,12 +152,10 @@ class Results:
         cases = self.load()["cases"]
         return [name for name in names if name in cases and cases[name]["status"] == "failed"]
 
-    def rates(self) -> dict[str, float] | None:
-        """This run's measured rates, once they were."""
-        entry = self.load()["cases"].get("bench-ops/rates")
-        if entry is None or entry["run"] != self.run["id"] or entry["status"] != "done":
-            return None
-        return entry["rates"]
+    def rates(self, section: str) -> dict[str, float]:
+        """What this run measured as the section's first case; empty before."""
+        entry = self.load()["cases"].get(f"{section}/rates")
+        return entry["rates"] if entry is not None and entry["run"] == self.run["id"] else {}
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -209,23 +217,22 @@ def markdown(found: dict) -> str:
         "`make gpu` wrote this. Times are medians; ratio is the median of side / fastft, the sides",
         "alternating; differs is the largest relative distance of a result from the first side's.",
     ]
-    section = None
-    for name, entry in sorted(found["cases"].items(), key=lambda item: _place(item[0])):
-        if name.split("/")[0] != section:
-            section = name.split("/")[0]
+    for section in ("build", "test", "bench-ops", "bench-steps", "bench-decode"):
+        cases = {n: c for n, c in found["cases"].items() if n.split("/")[0] == section}
+        if cases:
             lines += ["", f"## {section}"]
-        title = name.split("/", 1)[1]
-        commit = "" if len(found["runs"]) == 1 else f" at {found['runs'][entry['run']]['commit']}"
-        lines += ["", f"**{title}**{commit}: {entry['status']} {entry['why']}".rstrip()]
-        if entry["rows"]:
-            lines += ["", "| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|"]
-            lines += ["| " + " | ".join(_cells(row)) + " |" for row in entry["rows"]]
-            lines.append("")
-        lines += [f"- {line}" for line in _remarks(entry)]
+        skipped = {}
+        for name, entry in cases.items():
+            title, run = name.split("/", 1)[1], found["runs"][entry["run"]]
+            commit = f" (at {run['commit']})" if len(found["runs"]) > 1 else ""
+            if entry["status"] == "skipped":
+                skipped.setdefault(entry["why"] + commit, []).append(title)
+                continue
+            lines += ["", f"**{title}**{commit}: {entry['status']} {entry['why']}".rstrip(), ""]
+            if entry["rows"]:
+                lines += ["| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|"]
+                lines += ["| " + " | ".join(_cells(row)) + " |" for row in entry["rows"]]
+                lines.append("")
+            lines += [f"- {line}" for line in _remarks(entry)]
+        lines += [f"\nSkipped, {why}: {'; '.join(titles)}" for why, titles in skipped.items()]
     return "\n".join(lines) + "\n"
-
-
-def _place(name: str) -> tuple:
-    order = ("build", "test", "bench-ops", "bench-steps", "bench-decode")
-    section = name.split("/")[0]
-    return order.index(section) if section in order else len(order), ""

@@ -1,6 +1,7 @@
 """Runs cases one after another in this process, and records every one before the next begins."""
 
 import contextlib
+import dataclasses
 import gc
 import signal
 import time
@@ -14,11 +15,11 @@ from bench.gpu.results import Results
 from bench.gpu.sections import cases_of
 
 
-class TooLong(Exception):
-    """A case ran past its own limit."""
+class TooLong(BaseException):
+    """A case ran past its own limit. Not an Exception: no side may take it for its own."""
 
 
-class NoTimeLeft(Exception):
+class NoTimeLeft(BaseException):
     """The section's time ended while a case ran; it is not recorded, so it runs the next time."""
 
 
@@ -39,14 +40,9 @@ def at_most(seconds: float, error: Exception):
 
 
 def session_for(here: Here, results: Results, section: str) -> measure.Session:
-    """With the rates of this run, measured once; a section that measures nothing has none."""
-    if not section.startswith("bench-"):
-        return measure.Session(here, measure.CpuTimer(), {})
-    timer = measure.timer_for(here)
-    found = results.rates()
-    if found is None and section != "bench-ops":
-        found = measure.rates(here, timer)
-    return measure.Session(here, timer, found or {})
+    """With the section's rates, once they were measured; build and test measure none."""
+    timer = measure.timer_for(here) if section.startswith("bench-") else measure.CpuTimer()
+    return measure.Session(here, timer, results.rates(section))
 
 
 def free_memory(here: Here) -> str:
@@ -90,7 +86,7 @@ def run_case(case: Case, session: measure.Session, results: Results, deadline: f
         status, why = "skipped", str(reason)
     except torch.OutOfMemoryError:
         status, why = "skipped", free_memory(here)
-    except Exception as error:
+    except (Exception, TooLong) as error:
         traceback.print_exc()
         status, why = "failed", f"{type(error).__name__}: {str(error)[:2000]}"
     results.record(case.name, status, report, time.perf_counter() - start, why)
@@ -100,7 +96,7 @@ def run_section(
     section: str, here: Here, results: Results, deadline: float, fresh: bool, only: str = ""
 ) -> None:
     """Cases that are still to run, until the time is over or another process is called for."""
-    cases = {case.name: case for case in cases_of(section) if only in case.name}
+    cases = {case.name: case for case in cases_of(section, only)}
     pending = results.pending(list(cases), fresh)
     if not pending:
         return
@@ -110,7 +106,7 @@ def run_section(
         if time.time() >= deadline or (case.alone and index):
             return
         run_case(case, session, results, deadline)
-        if not session.rates and results.rates():
-            session = measure.Session(here, session.timer, results.rates())
+        if not session.rates:
+            session = dataclasses.replace(session, rates=results.rates(section))
         if case.alone or is_broken(here):
             return

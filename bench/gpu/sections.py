@@ -1,5 +1,6 @@
 """The five sections and their cases; build and test are processes, the others measure here."""
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -90,8 +91,14 @@ def measured_rates(session: Session) -> Report:
     return Report(rates=rates(session.here, session.timer))
 
 
-def cases_of(section: str) -> list[Case]:
-    """Cases in the order of their importance, named <section>/<case>. May import fastft."""
+RATES = Case("rates", measured_rates)
+
+
+def cases_of(section: str, only: str = "") -> list[Case]:
+    """Cases in the order of their importance, named <section>/<case>. May import fastft.
+
+    only: those whose name holds this text, and the rates that their floors need.
+    """
     if section == "build":
         found = [Case("setup.py", build, limit=470), Case("doctor", doctor)]
     elif section == "test":
@@ -99,9 +106,9 @@ def cases_of(section: str) -> list[Case]:
         found = [Case.of(f.stem, tests, str(f.relative_to(ROOT)), limit=460) for f in files]
     elif section == "bench-ops":
         ops, products = (importlib.import_module(f"bench.gpu.{n}") for n in ("ops", "products"))
-        found = [Case("rates", measured_rates), *ops.kernel_cases()]
-        found += [*products.cases(), *ops.cases()]
+        found = [RATES, *ops.kernel_cases(), *products.cases(), *ops.cases()]
     else:
         name = section.removeprefix("bench-")
-        found = importlib.import_module(f"bench.gpu.{name}").cases()
-    return [Case(f"{section}/{c.name}", c.run, c.alone, c.limit) for c in found]
+        found = [RATES, *importlib.import_module(f"bench.gpu.{name}").cases()]
+    named = [dataclasses.replace(case, name=f"{section}/{case.name}") for case in found]
+    return [c for c in named if only in c.name or c.name.endswith(f"/{RATES.name}")]

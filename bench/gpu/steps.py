@@ -126,11 +126,14 @@ class Steps:
 
         return Side(step)
 
-    def measure(self, session: Session, sides: dict, **settings) -> Report:
-        return session.measure(
+    def measure(self, session: Session, sides: dict) -> Report:
+        report = session.measure(
             sides, floor=self.floor, tokens=self.tokens, queued=False, tolerance=TOLERANCE,
-            **settings,
         )  # fmt: skip
+        if session.here.device == "cuda":
+            held = torch.cuda.memory_allocated() / 2**30
+            report.notes.append(f"{held:.2f} GiB hold weights and optimizer, beside the peaks")
+        return report
 
 
 def patched(model: nn.Module, report: Report | None = None) -> nn.Module:
@@ -138,7 +141,10 @@ def patched(model: nn.Module, report: Report | None = None) -> nn.Module:
     model = sharing(model)
     told = fastft.patch(model)
     if report is not None:
-        report.notes += [line.strip() for line in str(told).splitlines()[:12]]
+        report.notes += [
+            f"{e.count} x {e.module}: {e.operator or 'left alone'}, {e.implementation or e.reason}"
+            for e in (*told.swapped, *told.left)
+        ]
     return model
 
 
