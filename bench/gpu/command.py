@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def here_of(options) -> Here:
+    return Here(options.device, options.toy)
+
+
 def results_of(options) -> Results:
     run = describe(options.device, options.toy, options.commit)
     return Results(folder_for(options.device, options.results), run, options.invocation)
@@ -46,7 +50,7 @@ def results_of(options) -> Results:
 
 def section_in_processes(section: str, options, results: Results) -> list[str]:
     """Starts processes until nothing is left or the time is over; gives what is left."""
-    names = [case.name for case in cases_of(section, options.only)]
+    names = [case.name for case in cases_of(section, here_of(options), options.only)]
     deadline = time.time() + 60 * options.minutes
     while (left := results.pending(names, options.fresh)) and time.time() < deadline:
         results.begin(None)
@@ -86,7 +90,9 @@ def parent(options) -> int:
         start = time.time()
         try:
             rest = section_in_processes(section, options, results)
-            failed += results.failed([case.name for case in cases_of(section, options.only)])
+            failed += results.failed(
+                [case.name for case in cases_of(section, here_of(options), options.only)]
+            )
         except Exception:  # its files cannot be imported
             traceback.print_exc()
             failed.append(section)
@@ -111,8 +117,12 @@ def main() -> int:
     if options.invocation is None:
         options.invocation = uuid.uuid4().hex[:12]
         return parent(options)
-    here = Here(options.device, options.toy)
     run_section(
-        options.section[0], here, results_of(options), options.deadline, options.fresh, options.only
+        options.section[0],
+        here_of(options),
+        results_of(options),
+        options.deadline,
+        options.fresh,
+        options.only,
     )
     return 0

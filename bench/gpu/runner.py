@@ -96,7 +96,7 @@ def run_section(
     section: str, here: Here, results: Results, deadline: float, fresh: bool, only: str = ""
 ) -> None:
     """Cases that are still to run, until the time is over or another process is called for."""
-    cases = {case.name: case for case in cases_of(section, only)}
+    cases = {case.name: case for case in cases_of(section, here, only)}
     pending = results.pending(list(cases), fresh)
     if not pending:
         return

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +11,9 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.gpu.case import Case, Report, Row
+import torch
+
+from bench.gpu.case import Case, Here, Report, Row
 from bench.gpu.measure import Session, rates
 from bench.gpu.tree import ROOT
 
@@ -49,22 +53,31 @@ def doctor(session: Session) -> Report:
     return Report(notes=[line.strip() for line in told.splitlines() if line.strip()])
 
 
-def tests(session: Session, file: str) -> Report:
-    """One file of tests/gpu. Every failure is named."""
+def workers(here: Here) -> int:
+    """Processes of pytest-xdist, where it is there: compiling kernels is most of the work."""
+    if here.device != "cuda" or importlib.util.find_spec("xdist") is None:
+        return 0
+    return min(8, (os.cpu_count() or 2) // 2, torch.cuda.mem_get_info()[0] >> 32)
+
+
+def tests(session: Session, path: str) -> Report:
+    """A file of tests/gpu, of toys a few tests of each. Every failure is named."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "report.xml"
-        arguments = ("-m", "pytest", file, "-q", f"--device={session.here.device}",
-                     f"--junitxml={path}", "-p", "no:cacheprovider")  # fmt: skip
+        told = Path(folder) / "report.xml"
+        arguments = ["-m", "pytest", path, "-q", f"--device={session.here.device}"]
+        arguments += [f"--junitxml={told}", "-p", "no:cacheprovider"]
         if session.here.toy:
-            arguments += ("-k", "not every")
+            arguments += ["-k", "twice and float32 or lora_step and llama"]
+        if count := workers(session.here):
+            arguments += ["-n", str(count)]
         ended = None
         try:
             _run(*arguments, limit=450)
         except Failed as error:
             ended = error
-        if not path.exists():
+        if not told.exists():
             raise ended or Failed("pytest wrote no report")
-        report, failures = read_report(path)
+        report, failures = read_report(told)
     if failures or ended:
         raise Failed("; ".join([*report.notes, *failures]) or str(ended))
     return report
@@ -94,7 +107,7 @@ def measured_rates(session: Session) -> Report:
 RATES = Case("rates", measured_rates)
 
 
-def cases_of(section: str, only: str = "") -> list[Case]:
+def cases_of(section: str, here: Here, only: str = "") -> list[Case]:
     """Cases in the order of their importance, named <section>/<case>. May import fastft.
 
     only: those whose name holds this text, and the rates that their floors need.
@@ -102,8 +115,9 @@ def cases_of(section: str, only: str = "") -> list[Case]:
     if section == "build":
         found = [Case("setup.py", build, limit=470), Case("doctor", doctor)]
     elif section == "test":
-        files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-        found = [Case.of(f.stem, tests, str(f.relative_to(ROOT)), limit=460) for f in files]
+        folder = ROOT / "tests" / "gpu"
+        paths = [folder] if here.toy else sorted(folder.glob("test_*.py"))
+        found = [Case.of(p.stem, tests, str(p.relative_to(ROOT)), limit=460) for p in paths]
     elif section == "bench-ops":
         ops, products = (importlib.import_module(f"bench.gpu.{n}") for n in ("ops", "products"))
         found = [RATES, *ops.kernel_cases(), *products.cases(), *ops.cases()]
