@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: help setup demo test bench lint sanitize clean
+.PHONY: help setup demo test bench gpu lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -31,6 +31,10 @@ test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
 
 bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
 	$(PY) -m pytest bench -s $(ARGS)
+
+# Installs nothing: a machine with a GPU has its torch, and no other is to take its place.
+gpu:  ## build, prove and measure everything on a GPU, with the CUDA torch that PYTHON has
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(BUILT)  ## check the style
 	$(PY) -m ruff check .

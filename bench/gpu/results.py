@@ -149,8 +149,9 @@ class Results:
         return left + again
 
     def failed(self, names: list[str]) -> list[str]:
-        cases = self.load()["cases"]
-        return [name for name in names if name in cases and cases[name]["status"] == "failed"]
+        """Of this run; what other sources did wrong is theirs."""
+        cases, own = self.load()["cases"], (self.run["id"], "failed")
+        return [n for n in names if n in cases and (cases[n]["run"], cases[n]["status"]) == own]
 
     def rates(self, section: str) -> dict[str, float]:
         """What this run measured as the section's first case; empty before."""
