@@ -66,14 +66,21 @@ def test_sides_alternate_and_the_median_of_their_ratios_is_told():
 
 def test_our_wrong_result_is_an_error_and_a_peers_is_told():
     right, wrong = constant(1.0), constant(1.2)
-    with pytest.raises(AssertionError, match="fastft is 0.2 from eager"):
+    with pytest.raises(AssertionError, match="0.2 from eager, allowed is 0.05"):
         measure.measure(FakeTimer(), {"eager": right, "fastft": wrong}, rates=RATES)
     nan = constant(float("nan"))
-    with pytest.raises(AssertionError, match="fastft is nan"):
+    with pytest.raises(AssertionError, match="nan from eager"):
         measure.measure(FakeTimer(), {"eager": right, "fastft": nan}, rates=RATES)
     sides = {"eager": right, "fastft": right, "peer": wrong}
     report = measure.measure(FakeTimer(), sides, rates=RATES)
     assert report.rows[2].difference == pytest.approx(0.2, rel=1e-3)
+
+
+def test_a_further_form_of_ours_that_is_wrong_fails_the_case_and_the_rest_is_told():
+    sides = {"eager": constant(1.0), "fastft": constant(1.0), "fastft other": constant(2.0)}
+    report = measure.measure(FakeTimer(), sides, rates=RATES)
+    assert [row.side for row in report.rows] == ["eager", "fastft"]
+    assert report.failed.startswith("fastft other raised AssertionError: 1 from eager")
 
 
 def test_what_is_missing_too_large_or_broken_is_skipped_by_name():
@@ -147,6 +154,7 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     cases = [works("build/a"), Case("build/b", fails), Case("build/c", too_large)]
+    half = Case("build/d", lambda session: Report(rows=[Row("x", 1.0)], failed="y raised Z"))
     run_all(cases[:2], results(tmp_path), monkeypatch)
     run_all(cases, results(tmp_path), monkeypatch)
     found = json.loads((tmp_path / "a-gpu.json").read_text())
@@ -157,6 +165,10 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
         "build/b": ("failed", "ValueError: wrong shape"),
         "build/c": ("skipped", "does not fit in memory"),
     }
+    other = results(tmp_path / "other")
+    run_all([half], other, monkeypatch)
+    entry = other.load()["cases"]["build/d"]
+    assert (entry["status"], entry["why"], len(entry["rows"])) == ("failed", "y raised Z", 1)
     run_all(cases, results(tmp_path, "second"), monkeypatch)  # what failed, once more
     assert ran[2:] == ["build/b"]
     run_all(cases, results(tmp_path, "third", id="other sources"), monkeypatch)

@@ -93,13 +93,14 @@ class Goal:
 
 @dataclass
 class Report:
-    """What a case printed; skipped: side -> why."""
+    """What a case printed; skipped: side -> why; failed: what of ours did, the rest being told."""
 
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     goals: list[tuple[str, bool | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
+    failed: str = ""
 
     def judge(self, *goals: Goal) -> "Report":
         rows = {row.side: row for row in self.rows}

@@ -77,8 +77,9 @@ def passed_on(options) -> list[str]:
     """The options that a section's process shares."""
     shared = [f"--device={options.device}", f"--only={options.only}"]
     shared += ["--toy"] * options.toy + ["--fresh"] * options.fresh
-    shared += [f"--results={options.results}"] if options.results else []
-    return shared + ([f"--commit={options.commit}"] if options.commit else [])
+    shared += [f"--commit={options.commit}"] if options.commit else []
+    # As an absolute path: the process starts in the root of the sources.
+    return [*shared, f"--results={folder_for(options.device, options.results)}"]
 
 
 def parent(options) -> int:

@@ -79,6 +79,8 @@ def run_case(case: Case, session: measure.Session, results: Results, deadline: f
     try:
         with at_most(min(case.limit, left), error):
             report = case.run(session)
+        if report.failed:
+            status, why = "failed", report.failed.strip()
     except NoTimeLeft:
         results.begin(None)
         return
