@@ -30,11 +30,15 @@ class Here:
 
 @dataclass(frozen=True)
 class Case:
-    """run(session) gives a Report; alone: in a process of its own, because it changes others'."""
+    """run(session) gives a Report.
+
+    alone: a distribution that changes the whole process; where it is installed, the case runs in a
+    process of its own.
+    """
 
     name: str
     run: Callable
-    alone: bool = False
+    alone: str = ""
     limit: float = 120.0  # seconds
 
     @staticmethod

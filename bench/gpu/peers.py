@@ -16,12 +16,18 @@ from bench.gpu.case import Here, Skip
 DISTRIBUTIONS = ("liger-kernel", "cut-cross-entropy", "trl", "unsloth")
 
 
-def need(here: Here, distribution: str) -> None:
-    """Raises Skip unless the distribution is installed and its kernels can run."""
+def installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise Skip("not installed") from None
+        return False
+    return True
+
+
+def need(here: Here, distribution: str) -> None:
+    """Raises Skip unless the distribution is installed and its kernels can run."""
+    if not installed(distribution):
+        raise Skip("not installed")
     here.need_gpu("it")
 
 

@@ -249,7 +249,9 @@ def cases() -> list[Case]:
     made.append(Case.of(name, linear_cross_entropy, GEMMA_2B, False, 30.0))
     for shape in (LLAMA_8B, LLAMA_1B):
         made += [
-            Case.of(f"lora layer {shape.name}, unsloth", lora_layer, shape, True, alone=True),
-            Case.of(f"lora_mlp {shape.name}, unsloth", lora_gated_mlp, shape, True, alone=True),
+            Case.of(f"lora layer {shape.name}, unsloth", lora_layer, shape, True, alone="unsloth"),
+            Case.of(
+                f"lora_mlp {shape.name}, unsloth", lora_gated_mlp, shape, True, alone="unsloth"
+            ),
         ]
     return made

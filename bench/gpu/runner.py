@@ -9,7 +9,7 @@ import traceback
 
 import torch
 
-from bench.gpu import measure
+from bench.gpu import measure, peers
 from bench.gpu.case import Case, Here, Report, Skip
 from bench.gpu.results import Results
 from bench.gpu.sections import cases_of
@@ -105,10 +105,11 @@ def run_section(
     session = session_for(here, results, section)
     for index, name in enumerate(pending):
         case = cases[name]
-        if time.time() >= deadline or (case.alone and index):
+        alone = bool(case.alone) and peers.installed(case.alone)
+        if time.time() >= deadline or (alone and index):
             return
         run_case(case, session, results, deadline)
         if not session.rates:
             session = dataclasses.replace(session, rates=results.rates(section))
-        if case.alone or is_broken(here):
+        if alone or is_broken(here):
             return

@@ -200,7 +200,7 @@ def cases() -> list[Case]:
             made.append(Case.of(name, step, shape, lora, ragged, False))
     for method, shape, lora in works:
         name = f"{method} {shape.name}, 4 x 2048, liger-kernel"
-        made.append(Case.of(name, step_beside_liger, shape, lora, False, alone=True))
+        made.append(Case.of(name, step_beside_liger, shape, lora, False, alone="liger-kernel"))
     for method, shape, lora in reversed(works):
         name = f"{method} {shape.name}, 4 x 2048, torch.compile"
         made.append(Case.of(name, step, shape, lora, False, True, limit=240.0))
