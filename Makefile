@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench tutorials lint sanitize clean
+.PHONY: help setup demo test bench gpu tutorials lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -39,6 +39,10 @@ bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
 tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without and with fastft
 	@for name in sentiment entities trainer; do for line in --eager ""; do \
 	  $(PY) tests/tutorials/$$name.py $$line $(ARGS) || exit 1; done; done
+
+# Installs nothing: a machine with a GPU has its torch, and no other is to take its place.
+gpu:  ## build, prove and measure everything on a GPU, with the CUDA torch that PYTHON has
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(BUILT)  ## check the style
 	$(PY) -m ruff check .

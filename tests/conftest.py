@@ -11,6 +11,10 @@ settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("fixed")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda", help="where tests/gpu runs: cuda or cpu")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _fixed_threads():
     torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -38,7 +38,7 @@ def main(arguments=None, model_path=None, data=None) -> float:
     parser.add_argument("--eager", action="store_true", help="leave the model as it is")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="sentiment", help="folder for checkpoints")
+    parser.add_argument("--output", default="build/sentiment", help="folder for checkpoints")
     args = parser.parse_args(arguments)
     model_path = model_path or assets.model("all-MiniLM-L6-v2")
     train, test = data or read(held_out=500)
