@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "scratch.h"
+#include "stored_weight.h"
 #include "tile.h"
 
 namespace fastft::FASTFT_ISA {
@@ -17,111 +18,16 @@ constexpr int kMaxRows = 6;  // with 4 channels, 24 of 32 registers hold sums
 #else
 constexpr int kMaxRows = 3;  // 12 of 16
 #endif
-constexpr int kChannels = 4;
-constexpr int64_t kTile = 16;      // rows that share one read of the weight
-constexpr int64_t kRun = 32;       // inputs that 16 bytes of int4 hold
-constexpr int64_t kSlice = 512;    // inputs that are unpacked at once: 8 KB of floats
-constexpr int64_t kBlock = 16;     // channels that one thread takes at a time
-constexpr int64_t kChunk = 256;    // rows that are converted to float32 at once
+constexpr int kQuads = 4;        // kChannels outputs each: what a thread takes at a time
+constexpr int64_t kTile = 16;    // rows that share one read of the weight
+constexpr int64_t kSlice = 512;  // inputs of a tile that stay in the first cache, in 32 KB
+constexpr int64_t kChunk = 256;  // rows that are made ready at once
 
-using Whole = std::integral_constant<int, kWidth>;
 using Sums = Vec[kTile][kChannels];
-
-// ---- weights: kChannels rows of a layout, a vector at a time -----------------------------------
-// load(c, k, v, n): inputs k + v on of row c, v a constant below kRun; n of them.
-
-typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-
-inline Vec load_bytes(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (Vec)_mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  return (Vec)_mm256_cvtepi32_ps(
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-#else
-  Bytes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Vec);
-#endif
-}
-
-// The numbers of the low or the high nibbles of kWidth bytes.
-inline Vec load_nibbles(const uint8_t* p, bool high) {
-#if defined(__AVX512F__)
-  // The permutation looks at the low four bits of a lane alone.
-  const __m512 numbers =
-      _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return (Vec)_mm512_permutexvar_ps(high ? _mm512_srli_epi32(lanes, 4) : lanes, numbers);
-#else
-#if defined(__AVX2__)
-  IVec lanes =
-      (IVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-  typedef uint8_t UBytes __attribute__((vector_size(kWidth)));
-  UBytes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  IVec lanes = __builtin_convertvector(bytes, IVec);
-#endif
-  return __builtin_convertvector((high ? lanes >> 4 : lanes & 15) - 8, Vec);
-#endif
-}
-
-template <class T>
-struct Plain {
-  const T* row[kChannels];
-  template <class Count>
-  Vec load(int c, int64_t k, int64_t v, Count n) const {
-    const T* p = row[c] + k + v;
-    if constexpr (!std::is_same_v<T, int8_t>) {
-      return FASTFT_ISA::load(p, n);
-    } else if constexpr (std::is_same_v<Count, Whole>) {
-      return load_bytes(p);
-    } else {
-      Vec out{};
-      for (int i = 0; i < n; ++i) out[i] = p[i];
-      return out;
-    }
-  }
-};
-
-// Rows of whole groups, so every vector is whole.
-struct Int8Grouped {
-  const int8_t* row[kChannels];
-  const float* scale[kChannels];
-  int shift;
-  template <class Count>
-  Vec load(int c, int64_t k, int64_t v, Count) const {
-    return load_bytes(row[c] + k + v) * scale[c][k >> shift];
-  }
-};
-struct Int4 {
-  const uint8_t* row[kChannels];
-  const float* scale[kChannels];
-  int shift;
-  template <class Count>
-  Vec load(int c, int64_t k, int64_t v, Count) const {
-    const uint8_t* p = row[c] + k / 2 + v % 16;
-    return load_nibbles(p, v >= 16) * scale[c][k >> shift];
-  }
-};
-
-// Calls body(k, v, n) for every vector of [begin, end), begin a multiple of kRun.
-template <class Body>
-inline void for_each_input(int64_t begin, int64_t end, Body&& body) {
-  int64_t k = begin;
-  for (; k + kRun <= end; k += kRun) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kRun; v += kWidth) body(k, v, Whole{});
-  }
-  for (; k + kWidth <= end; k += kWidth) body(k, 0, Whole{});
-  if (k < end) body(k, 0, end - k);
-}
 
 // ---- sums ----------------------------------------------------------------------------------------
 
-// sums[r][c] += x[row + r] * weights[c], lane by lane, over the inputs [begin, end).
+// sums[r][c] += x[r] * weights[c], lane by lane, over the inputs [begin, end).
 template <int R, class Weights>
 void dot(const Weights& w, Rows x, int64_t begin, int64_t end, Vec (*sums)[kChannels]) {
   Vec own[R][kChannels];
@@ -154,47 +60,91 @@ inline void dot_rows(const Weights& w, Rows x, int rows, int64_t begin, int64_t 
   dot<R>(w, x, begin, end, sums);
 }
 
-// sums = x * weights for up to kTile rows; `unpacked` holds kChannels slices of floats.
+// Up to kTile rows as floats, with zeros after each up to a whole vector. Element (row, k) lies at
+// data + row * stride + k. Many rows are packed in slices of kSlice inputs, `slice` floats apart:
+// the rows of a tensor may lie a power of two apart, where the first cache holds only a few.
+struct Tile {
+  const float* data;
+  int64_t stride, slice;
+  int rows;
+};
+
+// The same for a slice of more rows than fit the registers: unpacked once, then in parts.
 template <class Weights>
-void sum_tile(const Weights& w, Rows x, int rows, int64_t in, float* unpacked, Sums& sums) {
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < kChannels; ++c) sums[r][c] = Vec{};
-  if (rows <= kMaxRows) return dot_rows(w, x, rows, 0, in, sums);
-  const int parts = (rows + kMaxRows - 1) / kMaxRows;
-  for (int64_t begin = 0; begin < in; begin += kSlice) {
-    const int64_t end = std::min(begin + kSlice, in);
-    Plain<float> floats;
+void add_slice(const Weights& w, const Tile& x, int64_t begin, int64_t end, float* unpacked,
+               Vec (*sums)[kChannels]) {
+  const float* data = x.data + begin / kSlice * x.slice;
+  Plain<float> floats{};
+  if constexpr (std::is_same_v<Weights, Plain<float>>) {
+    floats = w;
+    for (int c = 0; c < kChannels; ++c) floats.row[c] += begin;
+  } else {
     for (int c = 0; c < kChannels; ++c) {
       float* slice = unpacked + c * kSlice;
+      floats.row[c] = slice;
       for_each_input(begin, end, [&](int64_t k, int v, auto n) {
         store(slice + k - begin + v, w.load(c, k, v, n));
       });
-      floats.row[c] = slice;
-    }
-    for (int part = 0; part < parts; ++part) {
-      const int first = rows * part / parts, last = rows * (part + 1) / parts;
-      dot_rows(floats, Rows{x[first] + begin, x.stride}, last - first, 0,
-               round_up(end - begin, kWidth), sums + first);
     }
   }
+  const int parts = (x.rows + kMaxRows - 1) / kMaxRows;
+  for (int part = 0; part < parts; ++part) {
+    const int first = x.rows * part / parts, last = x.rows * (part + 1) / parts;
+    dot_rows(floats, Rows{data + first * x.stride, x.stride}, last - first, 0, end - begin,
+             sums + first);
+  }
+}
+
+// sums[q] = x * weights[q] over all inputs; `unpacked` holds kChannels slices of floats.
+template <class Weights>
+void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unpacked,
+              Sums* sums) {
+  for (int q = 0; q < quads; ++q)
+    for (int r = 0; r < x.rows; ++r)
+      for (int c = 0; c < kChannels; ++c) sums[q][r][c] = Vec{};
+  if (x.rows <= kMaxRows) {
+    for (int q = 0; q < quads; ++q)
+      dot_rows(w[q], Rows{x.data, x.stride}, x.rows, 0, in, sums[q]);
+    return;
+  }
+  for (int64_t begin = 0; begin < in; begin += kSlice)
+    for (int q = 0; q < quads; ++q)
+      add_slice(w[q], x, begin, std::min(begin + kSlice, in), unpacked, sums[q]);
+}
+
+// Lane c of the result, c < kChannels, is the sum of all lanes of sums[c].
+inline Vec fold_channels(const Vec* sums) {
+  Vec a = low_lanes<1>(sums[0], sums[1], Lanes{}) + high_lanes<1>(sums[0], sums[1], Lanes{});
+  Vec b = low_lanes<1>(sums[2], sums[3], Lanes{}) + high_lanes<1>(sums[2], sums[3], Lanes{});
+  Vec both = low_lanes<2>(a, b, Lanes{}) + high_lanes<2>(a, b, Lanes{});
+  if constexpr (kWidth >= 8) both += swap_lanes<4>(both, Lanes{});
+  if constexpr (kWidth >= 16) both += swap_lanes<8>(both, Lanes{});
+  return both;
 }
 
 // ---- the layer -----------------------------------------------------------------------------------
 
 // One row of any type as float32, padded with zeros to whole vectors.
-void to_floats(const FloatRows& in, int64_t row, int64_t columns, float* out) {
+void to_floats(const FloatRows& in, int64_t row, int64_t first, int64_t count, float* out) {
   by_dtype(in.dtype, [&](auto element) {
-    const auto* data = static_cast<const decltype(element)*>(in.data) + row * in.stride;
-    for_each_vec(columns, [&](int64_t i, auto n) { store(out + i, load(data + i, n)); });
+    const auto* data = static_cast<const decltype(element)*>(in.data) + row * in.stride + first;
+    for_each_vec(count, [&](int64_t i, auto n) { store(out + i, load(data + i, n)); });
   });
 }
 
-float first_of_row(const FloatRows& in, int64_t row) {
-  float value = 0.f;
-  by_dtype(in.dtype, [&](auto element) {
-    value = to_float(static_cast<const decltype(element)*>(in.data)[row * in.stride]);
-  });
-  return value;
+constexpr int64_t tile_floats(int64_t in) { return kTile * round_up(in, kSlice); }
+
+Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, float* scratch) {
+  const bool packed = rows > kMaxRows;
+  if (!packed && a.x.dtype == DType::float32 && a.in % kWidth == 0)
+    return {static_cast<const float*>(a.x.data) + row * a.x.stride, a.x.stride, kSlice, rows};
+  Tile tile{scratch, packed ? kSlice : round_up(a.in, kSlice), packed ? rows * kSlice : kSlice,
+            rows};
+  for (int64_t k = 0; k < a.in; k += kSlice)
+    for (int r = 0; r < rows; ++r)
+      to_floats(a.x, row + r, k, std::min(kSlice, a.in - k),
+                scratch + k / kSlice * tile.slice + r * tile.stride);
+  return tile;
 }
 
 // kChannels rows from `first` on; past the last one, that one again, whose results nobody stores.
@@ -205,127 +155,139 @@ void point(const T* (&rows)[kChannels], const void* data, int64_t stride, int64_
     rows[c] = static_cast<const T*>(data) + std::min(first + c, count - 1) * stride;
 }
 
-// What a thread needs for kChannels outputs beside their weights.
-struct Channels {
-  float* unpacked;  // kChannels slices
-  float* scale;     // (kChannels, in / group)
-  float* b;         // (kChannels, rank), rank in whole vectors
-};
-
-void point_scales(const float* (&rows)[kChannels], const QuantizedLinear& a, int64_t first,
-                  float* scratch) {
-  const int64_t groups = a.in / a.group;
-  const BFloat16* scales[kChannels];
-  point(scales, a.scale, a.scale_stride, first, a.out);
-  for (int c = 0; c < kChannels; ++c) {
-    float* out = scratch + c * groups;
-    for_each_vec(groups, [&](int64_t i, auto n) { store(out + i, load(scales[c] + i, n), n); });
-    rows[c] = out;
-  }
-}
-
 template <class Weights>
 Weights weights_at(const QuantizedLinear& a, int64_t first, float* scales) {
   Weights w;
   point(w.row, a.values, a.values_stride, first, a.out);
+  w.ahead = kChannels * a.values_stride * int64_t(sizeof *w.row[0]);
   if constexpr (std::is_same_v<Weights, Int8Grouped> || std::is_same_v<Weights, Int4>) {
-    point_scales(w.scale, a, first, scales);
+    const BFloat16* stored[kChannels];
+    point(stored, a.scale, a.scale_stride, first, a.out);
+    const int64_t groups = a.in / a.group;
+    for (int c = 0; c < kChannels; ++c) {
+      float* out = scales + c * groups;
+      for_each_vec(groups, [&](int64_t i, auto n) { store(out + i, load(stored[c] + i, n), n); });
+      w.scale[c] = out;
+    }
     w.shift = a.group == 64 ? 6 : 5;
   }
   return w;
 }
 
+// What is left to do for kChannels outputs once their inputs are summed.
+struct Finish {
+  Vec scale, bias;
+  float lora_scale;
+  int count;  // outputs that exist
+};
+
+Finish finish_at(const QuantizedLinear& a, int64_t first) {
+  Finish f{broadcast(1.f), Vec{}, a.rank ? a.lora_scale : 0.f,
+           int(std::min<int64_t>(kChannels, a.out - first))};
+  for (int c = 0; c < f.count; ++c) {
+    if (a.bias.data)
+      by_dtype(a.bias.dtype, [&](auto element) {
+        using T = decltype(element);
+        f.bias[c] = to_float(static_cast<const T*>(a.bias.data)[(first + c) * a.bias.stride]);
+      });
+    if (a.layout == WeightLayout::int8)
+      f.scale[c] = static_cast<const float*>(a.scale)[(first + c) * a.scale_stride];
+  }
+  return f;
+}
+
 // Not inlined, so that every row of every tile is rounded by the very same instructions.
 template <class T>
-[[gnu::noinline]] void finish_row(const QuantizedLinear& a, const Vec* sums, const Vec* added,
-                                  int64_t channel, T* y) {
-  for (int c = 0; c < kChannels && channel + c < a.out; ++c) {
-    Vec total = sums[c];
-    if (a.layout == WeightLayout::int8)
-      total *= static_cast<const float*>(a.scale)[(channel + c) * a.scale_stride];
-    if (a.rank) total = fma(added[c], broadcast(a.lora_scale), total);
-    float value = fold(total, [](Vec p, Vec q) { return p + q; })[0];
-    if (a.bias.data) value += first_of_row(a.bias, channel + c);
-    from_float(value, y + c);
-  }
+[[gnu::noinline]] void finish_row(const Finish& f, const Vec* sums, const Vec* added, T* y) {
+  Vec total = fma(fold_channels(sums), f.scale, f.bias);
+  if (added) total = fma(fold_channels(added), broadcast(f.lora_scale), total);
+  store(y, total, f.count);
 }
 
-// Rows [0, rows) of y for the outputs [first, last), from x and t = x A^T as floats.
+// What a thread works in.
+struct Room {
+  Room(float* data, const QuantizedLinear& a)
+      : unpacked(data), scales(data + kChannels * kSlice), b(scales + kQuads * quad_scales(a)) {}
+  static int64_t quad_scales(const QuantizedLinear& a) {
+    return a.group ? kChannels * (a.in / a.group) : 0;
+  }
+  static int64_t floats(const QuantizedLinear& a) {
+    return kChannels * (kSlice + round_up(a.rank, kWidth)) + kQuads * quad_scales(a);
+  }
+  float* unpacked;  // kChannels slices
+  float* scales;    // (kQuads * kChannels, groups)
+  float* b;         // (kChannels, rank), rank in whole vectors
+};
+
+// A tile of y for up to kQuads * kChannels outputs from `first` on; t is x A^T.
 template <class Weights, class T>
-void layer_block(const QuantizedLinear& a, Rows x, Rows t, int64_t rows, int64_t first,
-                 int64_t last, const Channels& scratch, T* y) {
-  const int64_t rank = round_up(a.rank, kWidth);
-  Sums sums, added;
-  for (int64_t row = 0; row < rows; row += kTile) {
-    const int count = int(std::min(kTile, rows - row));
-    for (int64_t channel = first; channel < last; channel += kChannels) {
-      auto w = weights_at<Weights>(a, channel, scratch.scale);
-      sum_tile(w, Rows{x[row], x.stride}, count, a.in, scratch.unpacked, sums);
-      if (a.rank) {
-        Plain<float> b;
-        for (int c = 0; c < kChannels; ++c) {
-          to_floats(a.b, std::min(channel + c, a.out - 1), a.rank, scratch.b + c * rank);
-          b.row[c] = scratch.b + c * rank;
-        }
-        sum_tile(b, Rows{t[row], t.stride}, count, rank, scratch.unpacked, added);
+void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t first, Room room,
+                 T* y) {
+  const int64_t rank = round_up(a.rank, kWidth), left = (a.out - first + kChannels - 1) / kChannels;
+  const int quads = int(std::min<int64_t>(kQuads, left));
+  Weights w[kQuads];
+  for (int q = 0; q < quads; ++q)
+    w[q] = weights_at<Weights>(a, first + q * kChannels, room.scales + q * Room::quad_scales(a));
+  Sums sums[kQuads], added;
+  sum_tile(w, quads, x, a.in, room.unpacked, sums);
+  for (int q = 0; q < quads; ++q) {
+    const int64_t channel = first + q * kChannels;
+    if (a.rank) {
+      Plain<float> b{};
+      for (int c = 0; c < kChannels; ++c) {
+        b.row[c] = room.b + c * rank;
+        to_floats(a.b, std::min(channel + c, a.out - 1), 0, a.rank, room.b + c * rank);
       }
-      for (int r = 0; r < count; ++r)
-        finish_row(a, sums[r], added[r], channel, y + (row + r) * a.out + channel);
+      sum_tile(&b, 1, t, rank, room.unpacked, &added);
     }
+    const Finish finish = finish_at(a, channel);
+    for (int r = 0; r < x.rows; ++r)
+      finish_row(finish, sums[q][r], a.rank ? added[r] : nullptr, y + r * a.out + channel);
   }
 }
 
-// t = x A^T, padded with zeros to whole vectors.
-template <class T>
-void project(const QuantizedLinear& a, Rows x, int64_t rows, float* t) {
-  const int64_t stride = round_up(a.rank, kWidth), tiles = (rows + kTile - 1) / kTile;
-  const int64_t quads = stride / kChannels;
-  const int threads = threads_for(tiles * quads, rows * a.in * a.rank >= kGrain);
-  Scratch unpacked(kChannels * kSlice, threads);
-#pragma omp parallel for num_threads(threads)
-  for (int64_t item = 0; item < tiles * quads; ++item) {
-    const int64_t row = item / quads * kTile, channel = item % quads * kChannels;
-    const int count = int(std::min(kTile, rows - row));
+// kChannels columns of t = x A^T from `first` on.
+void project(const QuantizedLinear& a, const Tile& x, int64_t first, float* unpacked, float* t) {
+  by_dtype(a.a.dtype, [&](auto element) {
+    using T = decltype(element);
     Plain<T> w;
-    point(w.row, a.a.data, a.a.stride, channel, a.rank);
+    point(w.row, a.a.data, a.a.stride, first, a.rank);
+    w.ahead = kChannels * a.a.stride * int64_t(sizeof(T));
     Sums sums;
-    sum_tile(w, Rows{x[row], x.stride}, count, a.in, unpacked.own(), sums);
-    for (int r = 0; r < count; ++r)
-      for (int c = 0; c < kChannels; ++c)
-        t[(row + r) * stride + channel + c] =
-            channel + c < a.rank ? fold(sums[r][c], [](Vec p, Vec q) { return p + q; })[0] : 0.f;
-  }
+    sum_tile(&w, 1, x, a.in, unpacked, &sums);
+    Finish finish{broadcast(1.f), Vec{}, 0.f, int(std::min<int64_t>(kChannels, a.rank - first))};
+    for (int r = 0; r < x.rows; ++r)
+      finish_row(finish, sums[r], nullptr, t + r * round_up(a.rank, kWidth) + first);
+  });
 }
 
 template <class Weights, class T>
 void layer(const QuantizedLinear& a) {
-  const int64_t chunk = std::min(kChunk, a.rows), width = round_up(a.in, kWidth);
-  const int64_t rank = round_up(a.rank, kWidth), groups = a.group ? a.in / a.group : 0;
-  const int64_t blocks = (a.out + kBlock - 1) / kBlock;
-  const int threads = threads_for(blocks, chunk * a.in * a.out >= kGrain);
-  const bool converts = !std::is_same_v<T, float> || width != a.in;
-  Scratch floats(converts ? chunk * width : 0), ts(chunk * rank);
-  Scratch own(kChannels * (kSlice + groups + rank), threads);
-  for (int64_t row = 0; row < a.rows; row += chunk) {
-    const int64_t rows = std::min(chunk, a.rows - row);
-    Rows x{static_cast<const float*>(a.x.data) + row * a.x.stride, a.x.stride};
-    if (converts) {
-#pragma omp parallel for if (rows * a.in >= kGrain)
-      for (int64_t r = 0; r < rows; ++r) to_floats(a.x, row + r, a.in, floats.data + r * width);
-      x = {floats.data, width};
+  constexpr int64_t kBlock = kQuads * kChannels, kTiles = kChunk / kTile;
+  const int64_t rank = round_up(a.rank, kWidth), blocks = (a.out + kBlock - 1) / kBlock;
+  const int64_t most = std::min(kTiles, (a.rows + kTile - 1) / kTile), width = tile_floats(a.in);
+  const int64_t low = (a.rank + kChannels - 1) / kChannels;
+  const int threads = threads_for(std::max(blocks, low), a.rows * a.in * a.out >= kGrain);
+  Scratch xs(most * width), ts(most * kTile * rank), own(Room::floats(a), threads);
+  std::fill_n(ts.data, most * kTile * rank, 0.f);
+  for (int64_t start = 0; start < a.rows; start += kChunk) {
+    const int64_t rows = std::min(kChunk, a.rows - start), tiles = (rows + kTile - 1) / kTile;
+    Tile x[kTiles], t[kTiles];
+#pragma omp parallel for num_threads(threads) if (rows * a.in >= kGrain)
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int count = int(std::min(kTile, rows - i * kTile));
+      x[i] = make_tile(a, start + i * kTile, count, xs.data + i * width);
+      t[i] = {ts.data + i * kTile * rank, rank, kSlice, count};
     }
-    Rows t{ts.data, rank};
-    if (a.rank)
-      by_dtype(a.a.dtype, [&](auto element) { project<decltype(element)>(a, x, rows, ts.data); });
-    T* y = static_cast<T*>(a.y) + row * a.out;
+#pragma omp parallel for num_threads(threads) if (rows * a.in * a.rank >= kGrain)
+    for (int64_t item = 0; item < tiles * low; ++item)
+      project(a, x[item / low], item % low * kChannels, own.own(),
+              ts.data + item / low * kTile * rank);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t block = 0; block < blocks; ++block) {
-      float* scratch = own.own();
-      Channels channels{scratch, scratch + kChannels * kSlice,
-                        scratch + kChannels * (kSlice + groups)};
-      layer_block<Weights>(a, x, t, rows, block * kBlock, std::min((block + 1) * kBlock, a.out),
-                           channels, y);
-    }
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t i = 0; i < tiles; ++i)
+        layer_block<Weights>(a, x[i], t[i], block * kBlock, Room(own.own(), a),
+                             static_cast<T*>(a.y) + (start + i * kTile) * a.out);
   }
 }
 

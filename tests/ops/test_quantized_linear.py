@@ -121,7 +121,7 @@ def test_as_exact_as_eager(isa, kind, dtype):
     grouped = not (kind in DTYPES or kind[1] is None)
     for rows, inputs, out, rank in [
         (1, 64, 9, 0), (2, 192, 3, 5), (5, 128, 33, 8), (7, 576, 20, 1), (16, 1152, 18, 19),
-        (40, 640, 7, 64),
+        (40, 640, 7, 64), (3, 64, 5, 256),
     ]:  # fmt: skip
         args = make_inputs(dtype, kind, rows, inputs, out, rank)
         assert_as_exact(fused, eager, args)
@@ -273,7 +273,8 @@ def test_errors_name_the_argument():
         (TypeError, "lora.a", lambda: quantized_linear(x, weight, None, Adapter(a.long(), b))),
         (TypeError, "lora.b", lambda: quantized_linear(x, weight, None, Adapter(a, b.double()))),
         (ValueError, "rank", lambda: quantized_linear(x, weight, None, Adapter(a[:0], b[:, :0]))),
-        (ValueError, "bias: expected device", lambda: quantized_linear(x, weight, b[:, 0].to("meta"))),
+        (ValueError, "bias: expected device", lambda: quantized_linear(
+            x, weight, b[:, 0].to("meta"))),
         (TypeError, "weight: expected", lambda: quantized_linear(x, torch.randn(8, 64).double())),
         (ValueError, "bits: expected 8 or 4", lambda: quantize(x, 3)),
         (ValueError, "group: expected None", lambda: quantize(x, 8, 16)),
