@@ -6,13 +6,17 @@ TORCH ?= torch==2.13.0
 # Arguments passed on: make demo ARGS="--steps 4", make test ARGS=tests/ops
 ARGS ?=
 
+# The tests compile CUDA C++: by the toolkit that is here, else by NVIDIA's wheels.
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+COMMA := ,
+
 VENV := .venv
 PY := $(VENV)/bin/python
 # Another TORCH is another stamp, so changing it installs again.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
 .PHONY: help setup demo test bench lint sanitize clean
 .DELETE_ON_ERROR:
@@ -47,7 +51,7 @@ $(TORCH_STAMP):
 
 # The constraint keeps dependencies from replacing the torch chosen above.
 $(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py
-	$(PY) -m pip install --constraint $(TORCH_STAMP) --no-build-isolation -e ".[test]"
+	$(PY) -m pip install --constraint $(TORCH_STAMP) --no-build-isolation -e ".[test$(if $(NVCC),,$(COMMA)nvcc)]"
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)

@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -17,6 +19,14 @@ std::string name_of(fastft::Isa isa) {
   for (auto& [name, value] : kNames)
     if (value == isa) return name;
   return "?";
+}
+
+// "8.0;9.0+PTX" as a list; nothing as none.
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> items;
+  std::stringstream stream(list);
+  for (std::string item; std::getline(stream, item, ';');) items.push_back(item);
+  return items;
 }
 
 pybind11::dict build_info() {
@@ -34,7 +44,7 @@ pybind11::dict build_info() {
 #endif
   info["compiler"] = __VERSION__;
   info["torch_abi"] = FASTFT_TORCH_ABI;
-  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda_architectures"] = split(FASTFT_CUDA_ARCHITECTURES);
   return info;
 }
 

@@ -1,6 +1,7 @@
 """`fastft …`. Every command imports what it needs when it runs, so --help answers at once."""
 
 import argparse
+import os
 import sys
 
 import fastft
@@ -73,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
+    except BrokenPipeError:
+        # Whoever read has had enough (`| head`); Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nfastft: stopped", file=sys.stderr)
         return 130

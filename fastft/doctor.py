@@ -19,7 +19,7 @@ from fastft.ops import gemm
 
 REFERENCE = "PyTorch reference"
 # Below these the package does not work; None: needed by some commands only, any version.
-OLDEST = {"torch": "2.11", "transformers": "5.17", "peft": "0.19", "trl": None}
+OLDEST = {"torch": "2.11", "transformers": "5.17", "peft": "0.19", "trl": None, "triton": None}
 INSTALL = "`pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
 
 
@@ -99,6 +99,8 @@ def text(found: dict) -> str:
         lines.append("  kernels       none")
     lines.append(f"  threads       {found['threads']}")
     lines.append(f"  products      float32 on {found['float32_products']}")
+    built = (found["build"] or {}).get("cuda_architectures") or ["no CUDA C++ built"]
+    lines += ["", "cuda", f"  kernels       {', '.join(built)}"]
     lines += ["", _operators(found)]
     lines += [f"\nwarning: {warning}" for warning in found["warnings"]]
     return "\n".join(lines)

@@ -105,7 +105,7 @@ def operators() -> dict[str, dict[str, str]]:
     for name in sorted(_references):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         row = {}
-        for device, key, kind in (("cpu", "CPU", "C++"), ("cuda", "CUDA", "Triton")):
+        for device, key, kind in (("cpu", "CPU", "C++"), ("cuda", "CUDA", "CUDA C++")):
             found = has(f"fastft::{name}", key)
             row[device] = _kinds.get((name, device), kind) if found else "PyTorch reference"
         table[name] = row

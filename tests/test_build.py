@@ -1,13 +1,15 @@
-"""setup.py without torch, with an old torch, without a compiler, and with a broken one."""
+"""setup.py without torch, with an old torch, without a compiler, with a broken one, with CUDA."""
 
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
+from test_cuda import nvcc
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +80,7 @@ def test_a_broken_torch_raises(tree):
 def test_without_a_compiler_a_python_wheel_that_works(tree):
     done = setup(tree, "bdist_wheel", CXX="/nonexistent/c++")
     assert done.returncode == 0, done.stderr
-    assert "no C++ compiler (/nonexistent/c++): installing without CPU kernels" in done.stderr
+    assert "no C++ compiler (/nonexistent/c++): installing without compiled kernels" in done.stderr
     (wheel,) = (tree / "dist").glob("*.whl")
     assert wheel.name.endswith("py3-none-any.whl")
     installed = tree / "installed"
@@ -103,6 +105,38 @@ def test_a_compiler_that_fails_raises(tree):
     assert done.returncode != 0
 
 
+NO_CUDA = textwrap.dedent("""
+    import torch, fastft
+    from fastft import doctor, library
+    from fastft.ops import cross_entropy
+    assert library.extension.build_info()["cuda_architectures"] == ["9.0"]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastft_cuda::cross_entropy", "CUDA")
+    assert "9.0" in doctor.text(doctor.examine())
+    logits = torch.randn(3, 5)
+    torch.testing.assert_close(
+        fastft.ops.cross_entropy.cross_entropy(logits, torch.tensor([0, 4, -100])),
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 4, -100])),
+    )
+""")
+
+
+def test_cuda_kernels_are_built_where_asked_and_load_without_cuda(tree):
+    if nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    done = setup(
+        tree, "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST="9.0", CXXFLAGS="-O0",
+        PATH=os.pathsep.join([str(Path(nvcc()).parent), os.environ["PATH"]]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run([sys.executable, "-c", NO_CUDA], cwd=tree, check=True)
+
+
+def test_architectures_that_are_none_end_in_one_sentence(tree):
+    done = setup(tree, "build_ext", TORCH_CUDA_ARCH_LIST="Hopper")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "TORCH_CUDA_ARCH_LIST: expected numbers" in done.stderr and "'Hopper'" in done.stderr
+
+
 @pytest.mark.slow
 def test_wheel_and_source_distribution(tree):
     done = setup(tree, "sdist", "bdist_wheel")
@@ -116,4 +150,5 @@ def test_wheel_and_source_distribution(tree):
     with tarfile.open(source) as archive:
         inside = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*")}
+    wanted |= {str(p.relative_to(ROOT)) for p in ROOT.glob("kernels/**/*.cu*")}
     assert wanted <= inside

@@ -16,6 +16,16 @@ def test_doctor_as_a_module():
     assert "rms_norm" in done.stdout and fastft.__version__ in done.stdout
 
 
+def test_a_reader_that_leaves_is_no_traceback():
+    code = "import sys; from fastft import cli; sys.exit(cli.main(['doctor']))"
+    # Unbuffered, and nobody reads: the first line already fails.
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])

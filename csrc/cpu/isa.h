@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../dtype.h"
+
 #if defined(FASTFT_X86)
 #define FASTFT_DECLARE(...)             \
   namespace baseline { __VA_ARGS__; }   \
@@ -21,7 +23,6 @@
 namespace fastft {
 
 enum class Isa { baseline, avx2, avx512 };
-enum class DType { float32, bfloat16, float16 };
 
 // The set in use: the best one of this processor, or the one `limit_isa` allows.
 Isa isa();
