@@ -15,7 +15,8 @@ W is what `dequantize` gives, from one of these storage layouts (`QuantizedWeigh
             number of [-7, 7] plus 8. W = number * scale, scale bfloat16 (out, in / group) as above.
 
 Scales are rounded up to their stored type before the weight is quantised, so no value clips; a
-channel or group of zeros has scale 1. Sums are float32.
+channel or group of zeros has scale 1. Sums are float32. On CUDA, for x of a half type, a weight
+with scales per group is rounded to that type before it is multiplied, as eager code would.
 
 A row's result has the same bits whatever the other rows are and however many there are: a row is
 summed in one fixed order, and more than 16 rows are taken in tiles of 16. So tokens decoded alone,

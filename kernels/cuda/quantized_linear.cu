@@ -120,32 +120,29 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const QuantizedLinear 
     for (int s = 0; s < kAhead; ++s, start += kStep) {
       if (start >= in) break;
       const int k = start + own, next = start + kAhead * kStep;
-      uint32_t columns[kColumns][kInputs / 2];
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n)
+      for (int i = 0; i < kInputs / 8; ++i) {
+        uint32_t columns[kColumns][4];
 #pragma unroll
-        for (int i = 0; i < kInputs / 8; ++i) {
-          const int64_t inside = there[n] ? 2 * (int64_t(in) - k - 8 * i) : 0;
-          uint32_t words[4];
-          read16(words, x[n] + k + 8 * i, inside, x_aligned);
+        for (int n = 0; n < kColumns; ++n)
+          read16(columns[n], x[n] + k + 8 * i,
+                 there[n] ? 2 * (int64_t(in) - k - 8 * i) : 0, x_aligned);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) columns[n][4 * i + j] = words[j];
-        }
+        for (int j = 0; j < 2; ++j) {
+          uint32_t high[2], low[2];
+          Layout::template words<T>(upper[s], 2 * i + j, high);
+          Layout::template words<T>(lower[s], 2 * i + j, low);
+          const uint32_t rows[4] = {high[0], low[0], high[1], low[1]};
 #pragma unroll
-      for (int j = 0; j < kInputs / 4; ++j) {
-        uint32_t high[2], low[2];
-        Layout::template words<T>(upper[s], j, high);
-        Layout::template words<T>(lower[s], j, low);
-        const uint32_t rows[4] = {high[0], low[0], high[1], low[1]};
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          uint32_t b[2] = {columns[n][2 * j], columns[n][2 * j + 1]};
-          if (Layout::kCrossed) {
-            const uint32_t even = (b[0] & 0xffffu) | b[1] << 16;
-            b[1] = b[0] >> 16 | (b[1] & 0xffff0000u);
-            b[0] = even;
+          for (int n = 0; n < kColumns; ++n) {
+            uint32_t b[2] = {columns[n][2 * j], columns[n][2 * j + 1]};
+            if (Layout::kCrossed) {
+              const uint32_t even = (b[0] & 0xffffu) | b[1] << 16;
+              b[1] = b[0] >> 16 | (b[1] & 0xffff0000u);
+              b[0] = even;
+            }
+            mma<T>(c[n], rows, b);
           }
-          mma<T>(c[n], rows, b);
         }
       }
       if (next < in) {
@@ -180,7 +177,7 @@ __device__ __forceinline__ void read_floats(float (&x)[4], const float* from, in
 }
 
 template <class Layout, int kRows>
-__global__ void __launch_bounds__(kThreads) fma_kernel(const QuantizedLinear a, int tiles) {
+__global__ void __launch_bounds__(kThreads, 2) fma_kernel(const QuantizedLinear a, int tiles) {
   const int64_t first = int64_t(blockIdx.x % tiles) * kRows;
   const int64_t channel = int64_t(blockIdx.x / tiles) * kWarps + threadIdx.x / kWarp;
   if (channel >= a.out) return;

@@ -139,7 +139,7 @@ def test_grouped_weights_are_rounded_once_to_the_half_type(launch, dtype, layout
 
 @pytest.mark.parametrize("layout", [None, (8, None)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inputs", [1, 7, 50, 77, 130])
+@pytest.mark.parametrize("inputs", [0, 1, 7, 50, 77, 130])
 def test_tails_and_rows_at_odd_addresses(launch, dtype, layout, inputs):
     x, values, *rest = batch(dtype, layout, 3, inputs, 5)
     assert_same(launch, _quantized_linear, (x, values, *rest))
