@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench lint sanitize clean
+.PHONY: help setup demo test bench tutorials lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -35,6 +35,10 @@ test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
 
 bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
 	$(PY) -m pytest bench -s $(ARGS)
+
+tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without and with fastft
+	@for name in sentiment entities trainer; do for line in --eager ""; do \
+	  $(PY) tests/tutorials/$$name.py $$line $(ARGS) || exit 1; done; done
 
 lint: $(BUILT)  ## check the style
 	$(PY) -m ruff check .

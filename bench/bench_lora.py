@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from fastft.finetune import floor
-from fastft.ops.lora import LoraLinear, lora
+from fastft.ops.lora import LoraLinear, lora, lora_shared
 from fastft.ops.lora_mlp import lora_mlp
 
 TOKENS, RANK, SCALE = 512, 8, 2.0
@@ -47,6 +47,25 @@ def bench_lora(versus, inputs, outputs):
     }
     work = f"lora {TOKENS}x{inputs}->{outputs} r{RANK} fp32 fwd+bwd"
     versus(work, sides, at_least=1.5, floor=seconds(each), check=close, rounds=31)
+
+
+@pytest.mark.parametrize("tokens", [128, 512])
+def bench_query_key_value(versus, tokens):
+    """Three calls, as patched attention makes them, against the one that shares their input."""
+    linears = layer(576, 576), layer(576, 192), layer(576, 192)
+    x = torch.randn(tokens, 576, requires_grad=True)
+    dys = [torch.randn(tokens, each.weight.shape[0]) for each in linears]
+    leaves = (x, *(t for each in linears for t in (each.a, each.b)))
+
+    def grads(ys):
+        return torch.autograd.grad(list(ys), leaves, dys)
+
+    sides = {
+        "eager": lambda: grads(eager(x, each) for each in linears),
+        "three calls": lambda: grads(lora(x, each) for each in linears),
+        "fastft": lambda: grads(lora_shared(x, linears)),
+    }
+    versus(f"lora q, k, v {tokens} tokens r{RANK} fp32 fwd+bwd", sides, check=close, rounds=31)
 
 
 def bench_lora_mlp(versus):

@@ -118,4 +118,6 @@ def _operators(found: dict) -> str:
         if any(row[device] == REFERENCE for row in found["operators"].values()):
             why = missing or "fastft has no faster kernel for these yet"
             lines.append(f"{REFERENCE} on {device}: {why}")
+        elif missing:
+            lines.append(f"{device}: {missing}")
     return "\n".join(lines)

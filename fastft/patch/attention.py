@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastft.ops.attention import attention
 from fastft.ops.rotary import rotary
 from fastft.patch.confirm import Unlike, confirm
-from fastft.patch.padding import is_packed, wants_weights
+from fastft.patch.packing import in_force, wants_weights
 
 NAME = "fastft"
 _ROTARY = "apply_rotary_pos_emb"
@@ -32,7 +32,7 @@ def mask(*args, **kwargs) -> Tensor | None:
     """sdpa's mask; none for packed rows, which `cu_seqlens` keeps apart."""
     from transformers.masking_utils import sdpa_mask
 
-    return None if is_packed() else sdpa_mask(*args, **kwargs)
+    return None if in_force() is not None else sdpa_mask(*args, **kwargs)
 
 
 def attention_forward(
@@ -64,10 +64,13 @@ def attention_forward(
         elif batch != 1:
             cu_seqlens = None
         if cu_seqlens is not None:
+            window = kwargs.get("sliding_window")
+            if window is not None and not causal:
+                window -= 1  # modules speak flash attention's language: distances below the window
             out = attention(
                 _rows(query), _rows(key), _rows(value), cu_seqlens,
                 causal=causal, scale=scaling, dropout=dropout,
-                window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"),
+                window=window, softcap=kwargs.get("softcap"),
             )  # fmt: skip
             return out.view(batch, length, heads, head_dim), None
     if kwargs.get("softcap") is not None or weights:

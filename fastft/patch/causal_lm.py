@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastft.library import autocast_dtype
 from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
+from fastft.patch import packing as packings
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, stand_in, undisturbed
 from fastft.patch.lazy import LazyLogits
@@ -36,7 +37,12 @@ def is_candidate(module: nn.Module) -> bool:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
-    return _loss_name(module) == "ForCausalLMLoss" and _base(module) is not module
+    # Asked for the head too: the name is also what classes without a loss of their own have.
+    return (
+        _loss_name(module) == "ForCausalLMLoss"
+        and _base(module) is not module
+        and module.get_output_embeddings() is not None
+    )
 
 
 def _loss_name(module) -> str:
@@ -116,7 +122,7 @@ def _forward(module, head: Head, arguments: dict):
     if swap_of(base) is not None:  # confirmed to take packed rows
         packing = padding.packing_for(base, arguments, keeps_cache=False)
     if packing is not None and _predicts_from_padding(packing, targets, ignore_index):
-        packing, run = None, padding.kept()
+        packing, run = None, packings.kept()
     if packing is not None:
         outputs = padding.run_packed(base, packing, arguments)
         hidden, kept = outputs[0][0], targets.flatten()[packing.places.to(targets.device)]

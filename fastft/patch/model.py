@@ -69,7 +69,7 @@ class _Patcher:
         self.known: dict = {}
 
     def run(self, model: nn.Module) -> None:
-        from fastft.patch import causal_lm, gated_mlp, lora, norm
+        from fastft.patch import causal_lm, gated_mlp, heads, linear, lora, norm
 
         modules = list(model.modules())
         for module in modules:
@@ -77,25 +77,29 @@ class _Patcher:
                 self.try_swap(module, "norm", norm, lambda options: options.raw)
             elif gated_mlp.is_candidate(module):
                 self.try_swap(module, "gated_mlp", gated_mlp, lambda options: "gated_mlp")
+            elif linear.is_candidate(module):
+                self.try_swap(module, "linear", linear, lambda _: "linear")
             elif lora.is_candidate(module):
                 self.swap_lora(module)
             elif _is_lora(module):
                 self.report.leave(module, "a LoRA layer over no linear base: PEFT's own path")
         for module in modules:
-            if _is_pretrained(module) and not causal_lm.is_candidate(module):
+            if _is_pretrained(module) and not heads.is_candidate(module):
                 self.swap_base(module)
         for module in modules:
             if causal_lm.is_candidate(module):
                 self.try_swap(
                     module, "linear_cross_entropy", causal_lm, lambda _: "linear_cross_entropy"
                 )
+            elif heads.is_candidate(module):
+                self.try_swap(module, "cross_entropy", heads, heads.served_by)
 
     def try_swap(self, module: nn.Module, operator: str, room, raw: Callable) -> None:
         """Swaps one module by the rules of a file of this folder, if they recognise it."""
         record = swap_of(module)
         if record is not None:
             record.active = True
-            self.report.add(module, operator, raw(record.options))
+            self.report.add(module, operator, raw(record.options), _remark(record.options))
             return
         reason = _untouchable(module)
         if reason is None:
@@ -107,7 +111,7 @@ class _Patcher:
             self.report.leave(module, reason)
             return
         swap(module, operator, room.forward, options)
-        self.report.add(module, operator, raw(options))
+        self.report.add(module, operator, raw(options), _remark(options))
 
     def recognise(self, module: nn.Module, room):
         """room.recognise, asked once for modules of one class, sizes and settings."""
@@ -168,11 +172,9 @@ class _Patcher:
         """Why not, if not; where attention is to blame, that is given back as well."""
         from fastft.patch import padding
 
-        swap(module, "padding", padding.forward)
         try:
-            padding.confirm(module)
+            padding.install(module)
         except Unlike as unlike:
-            undo(module)
             if isinstance(unlike, padding.OtherAttention):
                 undo_attention(module)
             return str(unlike)
@@ -201,6 +203,10 @@ class _Patcher:
             module._fastft_attention_before = before
             config._attn_implementation_internal = attention.NAME
         return attending
+
+
+def _remark(options) -> str:
+    return getattr(options, "remark", "")
 
 
 def _sizes(module: nn.Module) -> tuple:

@@ -1,92 +1,37 @@
 """Runs a base model on the real tokens of a padded batch only, and gives back the padded shapes.
 
-The tokens of all rows are laid end to end as one row, (1, tokens); attention is kept apart by
-`cu_seqlens`, positions are those the tokens had in their rows. Outputs at padded places are zero.
+Either the whole model sees packed tokens, their positions those they had in their rows; or, where
+embeddings or a pooler need the rows as they were, its encoder alone, between the two. Outputs at
+padded places are zero. Encoders whose rows start with padding keep it: their heads read the first
+place, whatever stands there.
 """
 
+import copy
 import inspect
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastft.patch.confirm import Unlike, relative, undisturbed
-from fastft.patch.swap import original_forward, switched_off
+from fastft.patch.packing import Packing, during, in_force, keeps_padding, kept, selection
+from fastft.patch.swap import original_forward, swap, swap_of, switched_off, undo
 
 _FIELDS = {
     "last_hidden_state", "past_key_values", "hidden_states", "attentions", "cross_attentions",
 }  # fmt: skip
+_POOLED = _FIELDS | {"pooler_output"}
 _PER_TOKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
-_state = threading.local()
-
-
-def is_packed() -> bool:
-    """Whether a packed forward is running in this thread: then no mask is wanted."""
-    return not torch.compiler.is_compiling() and getattr(_state, "packed", False)
-
-
-def wants_weights() -> bool:
-    """Whether the forward running in this thread was asked for attention weights."""
-    return not torch.compiler.is_compiling() and getattr(_state, "weights", False)
-
-
-@contextmanager
-def _during(**flags: bool) -> Iterator[None]:
-    before = dict(vars(_state))
-    vars(_state).update(flags)
-    try:
-        yield
-    finally:
-        vars(_state).clear()
-        vars(_state).update(before)
-
-
-def kept() -> AbstractContextManager[None]:
-    """Inside, base models compute padded places as well."""
-    return _during(kept=True)
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where the real tokens of a (batch, length) batch lie."""
+class Padding:
+    """How a base model's padding is left out."""
 
-    batch: int
-    length: int
-    places: Tensor  # (tokens,) into the flattened batch
-    cu_seqlens: Tensor  # (batch + 1,) int32
-    longest: int
-
-    @staticmethod
-    def of(attention_mask: Tensor) -> "Packing | None":
-        """None if there is nothing to leave out, or nothing left."""
-        real = attention_mask.bool()
-        places = real.flatten().nonzero().flatten()
-        if places.numel() in (0, real.numel()):
-            return None
-        lengths = real.sum(1, dtype=torch.int32)
-        cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return Packing(*real.shape, places, cu_seqlens, int(lengths.max()))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """(batch, length, …) -> (1, tokens, …)"""
-        return x.flatten(0, 1)[self.places.to(x.device)][None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """(1, tokens, …) -> (batch, length, …), zero where there was padding."""
-        out = x.new_zeros(self.batch * self.length, *x.shape[2:])
-        return out.index_copy(0, self.places, x[0]).view(self.batch, self.length, *x.shape[2:])
-
-    def has_gaps(self) -> bool:
-        """Padding between the tokens of a row, which would shorten distances when left out."""
-        row = self.places // self.length
-        return bool(((row[1:] == row[:-1]) & (self.places.diff() != 1)).any())
-
-    def columns(self) -> Tensor:
-        """(1, tokens): the position each token had in its row."""
-        return (self.places % self.length)[None]
+    causal: bool  # else the tokens of a row all see each other, and no cache is kept
+    encoder: str | None = None  # the child that alone sees packed tokens
 
 
 def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -108,13 +53,14 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     config = module.config
+    use_cache = arguments.get("use_cache")
     if (
         not isinstance(mask, Tensor)
         or not isinstance(tokens, Tensor)
         or mask.dim() != 2
         or mask.shape != tokens.shape[:2]
         or arguments.get("past_key_values") is not None
-        or (arguments.get("use_cache") if "use_cache" in arguments else keeps_cache)
+        or (keeps_cache if use_cache is None else use_cache)
         or arguments.get("cu_seq_lens_q") is not None
         or asks(arguments, config, "output_attentions")
         or asks(arguments, config, "output_hidden_states")
@@ -155,26 +101,66 @@ def run_packed(base, packing: Packing, arguments: dict):
     packed["use_cache"] = False
     if packed.get("position_ids") is None:
         packed["position_ids"] = packing.columns()
-    packed["cu_seq_lens_q"] = packed["cu_seq_lens_k"] = packing.cu_seqlens
-    packed["max_length_q"] = packed["max_length_k"] = packing.longest
-    with _during(packed=True):
+    packed |= packing.attention_arguments()
+    with during(packing=packing):
         return base(**packed)
 
 
 def forward(module: nn.Module, *args, **kwargs):
     if torch.compiler.is_compiling():  # the number of real tokens is not known then
         return original_forward(module)(*args, **kwargs)
-    arguments = bind(module, args, kwargs)
+    selected = selection()
+    if selected is None:
+        return _forward(module, args, kwargs)
+    if selected.output is not None:
+        return copy.copy(selected.output)
+    with during(selection=None):
+        return selected.of(_forward(module, args, kwargs))
+
+
+def _forward(module, args: tuple, kwargs: dict):
+    arguments, options = bind(module, args, kwargs), module._fastft_swap.options
     packing = None
     returns_dict = arguments.get("return_dict", getattr(module.config, "return_dict", True))
-    if not is_packed() and not getattr(_state, "kept", False) and returns_dict is not False:
-        packing = packing_for(module, arguments, keeps_cache=not module.training)
+    if in_force() is None and not keeps_padding() and returns_dict is not False:
+        keeps_cache = options.causal and not module.training
+        packing = packing_for(module, arguments, keeps_cache)
+        if packing is not None and not options.causal and packing.starts_late():
+            packing = None
     if packing is None:
-        with _during(weights=asks(arguments, module.config, "output_attentions")):
+        with during(weights=asks(arguments, module.config, "output_attentions")):
+            return original_forward(module)(*args, **kwargs)
+    if options.encoder is not None:
+        with during(packing=packing):
             return original_forward(module)(*args, **kwargs)
     output = run_packed(original_forward(module), packing, arguments)
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output
+
+
+def encode(module: nn.Module, *args, **kwargs):
+    """The forward of an encoder inside a base model: padded states in and out, packed between."""
+    packing = in_force()
+    if packing is None:
+        return original_forward(module)(*args, **kwargs)
+    arguments = bind(module, args, kwargs)
+    for name, value in arguments.items():
+        # The mask is none already: the base model asked for one while the packing was in force.
+        if isinstance(value, Tensor):
+            arguments[name] = packing.pack(value.expand(packing.batch, *value.shape[1:]))
+    output = original_forward(module)(**arguments, **packing.attention_arguments())
+    output.last_hidden_state = packing.unpack(output.last_hidden_state)
+    return output
+
+
+def _encoder_of(module: nn.Module) -> str | None:
+    """The child that maps hidden states to hidden states through all layers of attention."""
+    attending = {m for m in module.modules() if hasattr(m, "_fastft_attention")}
+    for name, child in module.named_children():
+        parameters = list(inspect.signature(type(child).forward).parameters)
+        if parameters[1:2] == ["hidden_states"] and attending & set(child.modules()):
+            return name
+    return None
 
 
 @contextmanager
@@ -193,7 +179,33 @@ class OtherAttention(Unlike):
     """The fused attention, or what it falls back to, is not what the model ran before."""
 
 
-def confirm(module: nn.Module) -> None:
+def install(module: nn.Module) -> None:
+    """Swaps the forward of a base model, in the first way that is confirmed; Unlike if none is."""
+    causal = any(getattr(m, "is_causal", False) for m in module.modules())
+    swap(module, "padding", forward, Padding(causal))
+    try:
+        _confirm(module, _FIELDS)
+        return
+    except OtherAttention:
+        undo(module)
+        raise
+    except Unlike as unlike:
+        undo(module)
+        encoder = _encoder_of(module)
+        if encoder is None or swap_of(getattr(module, encoder)) is not None:
+            raise
+        why = unlike
+    swap(module, "padding", forward, Padding(causal, encoder))
+    swap(getattr(module, encoder), "padding", encode)
+    try:
+        _confirm(module, _POOLED)
+    except Unlike:
+        undo(module)
+        undo(getattr(module, encoder))
+        raise why from None
+
+
+def _confirm(module: nn.Module, fields: set[str]) -> None:
     """Raises Unlike unless the base model gives packed rows what it gave padded ones before.
 
     Runs the module itself, on a few tokens, without gradients. That no row sees another is held to
@@ -209,11 +221,13 @@ def confirm(module: nn.Module) -> None:
     worst = relative(*(packing.pack(o.last_hidden_state) for o in (padded, wanted)))
     if not worst <= limit:
         raise OtherAttention(f"attention kept: it computes something else ({worst:.2g})")
-    if extra := set(got) - _FIELDS:
+    if extra := set(got) - fields:
         raise Unlike(f"padding kept: {min(extra)} may read particular tokens of a row")
     if not torch.equal(got.last_hidden_state[0], other.last_hidden_state[0]):
         raise Unlike("padding kept: rows laid end to end would see each other")
     worst = relative(*(packing.pack(o.last_hidden_state) for o in (got, wanted)))
+    if (pooled := wanted.get("pooler_output")) is not None:
+        worst = max(worst, relative(got.pooler_output, pooled))
     if not worst <= limit:
         raise Unlike(f"padding kept: leaving it out changes the result ({worst:.2g})")
 

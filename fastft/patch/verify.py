@@ -108,6 +108,7 @@ def _compare(model, batch, wanted, got) -> Verification:
         _relative(ours, logits),
         tolerance=max(_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes),
     )
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     largest = max((g.norm().item() for g in wanted[2].values()), default=0.0)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -119,8 +120,8 @@ def _compare(model, batch, wanted, got) -> Verification:
             which = "the original has" if now is None else "the patched model has"
             result.remarks.append(f"{name}: only {which} a gradient")
         elif before is not None:
-            # A gradient that is zero but for rounding has no relative error worth telling.
-            scale = max(before.norm().item(), 1e-6 * largest)
+            # A gradient that is zero but for rounding (a key's bias) has no relative error.
+            scale = max(before.norm().item(), rounding / result.tolerance * largest)
             gap = (now.double() - before.double()).norm().item()
             result.gradients[name] = gap / scale if scale else gap
     return result

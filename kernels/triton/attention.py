@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    NAMES, Configuration, bounds_of, next_power_of_2, on_device, load_rows, sequence_of, tanh,
+    NAMES, Configuration, bounds_of, capability, load_rows, next_power_of_2, on_device,
+    sequence_of, tanh,
 )  # fmt: skip
 
 LOG2E = log2(2.718281828459045)
@@ -200,13 +201,6 @@ def padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def architecture(x: Tensor) -> int:
-    if x.device.type != "cuda":  # the interpreter
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
 def scalars(tokens: int, scale: float, window: int, softcap: float, dropout: float) -> tuple:
     """(inner, outer, kept, threshold, window) as the kernels take them."""
     inner, outer = (scale / softcap, softcap * LOG2E) if softcap else (scale * LOG2E, 1.0)
@@ -234,7 +228,7 @@ def attention(
     out = query.new_empty(query.shape)
     lse = query.new_empty(heads, tokens, dtype=torch.float32)
     dim = padded(head_dim)
-    m, n, warps, stages = tile(dim, query.dtype, architecture(query))
+    m, n, warps, stages = tile(dim, query.dtype, capability(query))
     if tokens and heads and sequences:
         with on_device(query):
             _forward[(tokens // m + sequences, heads)](
@@ -266,16 +260,20 @@ SCALARS = {
 }  # fmt: skip
 
 
+STRIDES = tuple(f"{x}_{y}" for x in ("q", "k", "v", "dout") for y in ("row", "head"))
+
+
 def cases() -> Iterator[tuple[torch.dtype, int, str, tuple[int, ...]]]:
     """(dtype, head_dim, feature, architectures) that stand for the others."""
     single, brain, half = NAMES
-    yield brain, 128, "everything", (80, 90, 100, 120)
+    yield brain, 128, "everything", (80, 86, 89, 90, 100, 120)
     yield brain, 128, "causal", (80,)
-    yield brain, 64, "everything", (80, 120)
-    yield brain, 256, "everything", (80, 120)
+    yield brain, 64, "everything", (80, 86, 89, 120)
+    yield brain, 256, "everything", (80, 86, 120)
     yield half, 80, "everything", (75,)
     yield half, 256, "everything", (75,)
     yield single, 64, "causal", (75,)
+    yield single, 256, "everything", (75,)
     yield single, 128, "everything", (80,)
     yield single, 256, "bidirectional", (120,)
 
@@ -290,12 +288,12 @@ def configurations() -> Iterator[Configuration]:
                 {
                     **dict.fromkeys(("q", "k", "v", "out"), p), "lse": "*fp32", "cu_q": "*i32",
                     "cu_k": "*i32", "seed": "*i64", **SCALARS,
-                    **{f"{x}_{y}": "i32" for x in "qkv" for y in ("row", "head")},
+                    **dict.fromkeys(STRIDES[:6], "i32"),
                 },
                 {
                     **options_of(feature), "HEAD_DIM": head_dim, "M": m, "N": n,
                     "D": padded(head_dim),
                 },
-                warps, stages, (target,), stack=8 if target == 120 else 0,
+                warps, stages, (target,), multiples=STRIDES, stack=8,
                 label=f"{NAMES[dtype]} {head_dim} {feature}",
             )  # fmt: skip

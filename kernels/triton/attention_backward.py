@@ -6,16 +6,19 @@ Queries that saw no key, or lie beyond their sequence, get an lse of +inf, and s
 """
 
 from collections.abc import Iterator  # noqa: I001
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 
 from .attention import (
-    SCALARS, Tile, _kept, _key_range, _row_bits, _seen, architecture, cases, check, options_of,
-    padded, scalars,
+    SCALARS, STRIDES, Tile, _kept, _key_range, _row_bits, _seen, cases, check, options_of, padded,
+    scalars,
 )  # fmt: skip
-from .common import NAMES, Configuration, bounds_of, on_device, load_rows, sequence_of, tanh
+from .common import (
+    NAMES, Configuration, bounds_of, capability, load_rows, on_device, sequence_of, tanh,
+)  # fmt: skip
 
 
 @triton.jit
@@ -221,12 +224,13 @@ def _queries(
     tl.store(place, (result * scale).to(dq.dtype.element_ty), mask=inside)
 
 
-def tile(dim: int, dtype: torch.dtype, target: int) -> Tile:
+def tile(dim: int, dtype: torch.dtype, target: int, of_keys: bool) -> Tile:
     """What compiles without spills with every option; Triton has no tensor cores on sm_75."""
+    if dim > 128 and target == 75:
+        # 64 KB of shared memory: the block that is owned is the smaller.
+        return Tile(16, 8, 8, 1) if of_keys else Tile(8, 16, 8, 1)
     if dtype is torch.float32 or target == 75:
-        if dim > 128 and dtype is torch.float32 and target == 75:
-            raise ValueError("query: float32 heads wider than 128 have no backward on sm_75")
-        return Tile(16, 16, 16 if dim > 128 and dtype is torch.float32 else 8, 1)
+        return Tile(16, 16, 8, 1)
     return Tile(32, 64, 8, 2) if dim <= 64 else Tile(32, 32, 8, 2 if dim == 128 else 1)
 
 
@@ -238,15 +242,12 @@ def attention_backward(
     tokens, heads, head_dim = query.shape
     keys, kv_heads = key.shape[:2]
     sequences = cu_seqlens_q.shape[0] - 1
-    dq, dk, dv = (
-        query.new_empty(x.shape if needed else 0)
-        for x, needed in ((query, query_grad), (key, key_grad), (value, value_grad))
-    )
+    pairs = (query, query_grad), (key, key_grad), (value, value_grad)
+    dq, dk, dv = (query.new_empty(x.shape if needed else 0) for x, needed in pairs)
     if not heads or not sequences:
         return dq, dk, dv
     total = torch.empty_like(lse)
     dim = padded(head_dim)
-    m, n, warps, stages = tile(dim, query.dtype, architecture(query))
     strides = [s for x in (query, key, value, dout) for s in x.stride()[:2]]
     rest = (
         cu_seqlens_q, cu_seqlens_k, seed, *strides, tokens, sequences, heads // kv_heads, scale,
@@ -254,8 +255,9 @@ def attention_backward(
     )  # fmt: skip
     meta = {
         "CAUSAL": causal, "WINDOW": window >= 0, "SOFTCAP": softcap > 0, "DROPOUT": dropout > 0,
-        "HEAD_DIM": head_dim, "M": m, "N": n, "D": dim, "num_warps": warps, "num_stages": stages,
+        "HEAD_DIM": head_dim, "D": dim,
     }  # fmt: skip
+    m, n, warps, stages = tile(dim, query.dtype, capability(query), True)
     with on_device(query):
         if tokens:
             _total[(triton.cdiv(tokens, 16), heads)](
@@ -264,17 +266,16 @@ def attention_backward(
         if keys and (key_grad or value_grad):
             _keys[(keys // n + sequences, kv_heads)](
                 query, key, value, dout, lse, total, dk, dv, *rest,
-                KEY_GRAD=key_grad, VALUE_GRAD=value_grad, **meta,
+                KEY_GRAD=key_grad, VALUE_GRAD=value_grad, M=m, N=n, num_warps=warps,
+                num_stages=stages, **meta,
             )  # fmt: skip
         if tokens and query_grad:
+            m, n, warps, stages = tile(dim, query.dtype, capability(query), False)
             _queries[(tokens // m + sequences, heads)](
-                query, key, value, dout, lse, total, dq, *rest, **meta
-            )
+                query, key, value, dout, lse, total, dq, *rest, M=m, N=n, num_warps=warps,
+                num_stages=stages, **meta,
+            )  # fmt: skip
     return dq, dk, dv
-
-
-# Bytes a thread spills: float16 heads of 256 without tensor cores are the one large case.
-STACK = {(64, 80): 8, (64, 120): 40, (256, 75): 1024}
 
 
 def configurations() -> Iterator[Configuration]:
@@ -282,19 +283,17 @@ def configurations() -> Iterator[Configuration]:
         p, dim = f"*{NAMES[dtype]}", padded(head_dim)
         tensors = dict.fromkeys(("q", "k", "v", "dout", "dq", "dk", "dv", "out"), p)
         tensors |= {"lse": "*fp32", "total": "*fp32", "cu_q": "*i32", "cu_k": "*i32"} | SCALARS
-        tensors |= {"seed": "*i64", "scale": "fp32"}
-        tensors |= {f"{x}_{y}": "i32" for x in ("q", "k", "v", "dout") for y in ("row", "head")}
-        for target in targets:
-            m, n, warps, stages = tile(dim, dtype, target)
-            constants = {
-                **options_of(feature), "HEAD_DIM": head_dim, "M": m, "N": n, "D": dim,
-                "KEY_GRAD": True, "VALUE_GRAD": True,
-            }  # fmt: skip
-            for kernel in (_keys, _queries):
-                yield Configuration(
-                    kernel,
-                    {name: kind for name, kind in tensors.items() if name in kernel.arg_names},
-                    {name: value for name, value in constants.items() if name in kernel.arg_names},
-                    warps, stages, (target,), stack=STACK.get((head_dim, target), 0),
-                    label=f"{NAMES[dtype]} {head_dim} {feature}",
-                )  # fmt: skip
+        tensors |= {"seed": "*i64", "scale": "fp32"} | dict.fromkeys(STRIDES, "i32")
+        for target, kernel in product(targets, (_keys, _queries)):
+            m, n, warps, stages = tile(dim, dtype, target, kernel is _keys)
+            # Bytes a thread spills: float16 without tensor cores is the one large case.
+            stack = (336, 264) if dim > 128 and dtype is torch.float16 else (64, 24)
+            constants = options_of(feature) | {"KEY_GRAD": True, "VALUE_GRAD": True}
+            constants |= {"HEAD_DIM": head_dim, "M": m, "N": n, "D": dim}
+            yield Configuration(
+                kernel,
+                {n: t for n, t in tensors.items() if n in kernel.arg_names},
+                {n: c for n, c in constants.items() if n in kernel.arg_names},
+                warps, stages, (target,), stack=stack[0], multiples=STRIDES, aligned_stack=stack[1],
+                label=f"{NAMES[dtype]} {head_dim} {feature}",
+            )  # fmt: skip

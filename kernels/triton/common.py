@@ -25,9 +25,14 @@ class Configuration:
     warps: int = 4
     stages: int = 3
     architectures: tuple[int, ...] = ARCHITECTURES
-    # A kernel that needs more registers than this, or more bytes of stack, is a regression.
+    # A kernel that needs more registers than this, or more bytes of stack, is a regression. A stack
+    # of None: never launched on rows that are not aligned.
     registers: int = 255
-    stack: int = 0
+    stack: int | None = 0
+    # The same where pointers and these integers are multiples of 16, as in usual models: loads are
+    # then of 16 bytes.
+    multiples: tuple[str, ...] = ()
+    aligned_stack: int = 0
     label: str = ""
 
 
@@ -45,6 +50,14 @@ def processors(x: Tensor) -> int:
     if x.device.type != "cuda":  # the interpreter
         return 2
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability of x's device, 90 for instance."""
+    if x.device.type != "cuda":  # the interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def on_device(x: Tensor):

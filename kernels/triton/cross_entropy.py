@@ -277,5 +277,6 @@ def _configurations(name, block, everything, architectures):
             {n: t for n, t in {**pointers, **numbers}.items() if n in kernel.arg_names},
             {n: c for n, c in {**constants, "BLOCK": block}.items() if n in kernel.arg_names},
             _warps(block), architectures=architectures, registers=128,
+            multiples=("logits_stride", "vocab"),
             label=f"{name} {block} {'all' if everything else 'plain'}",
         )  # fmt: skip

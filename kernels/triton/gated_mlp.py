@@ -106,6 +106,9 @@ def gated_mlp_backward(dh, gate, up, activation, with_h):
     return h, dgate, dup
 
 
+MULTIPLES = ("dh_stride", "gate_stride", "up_stride", "width")
+
+
 def configurations() -> Iterator[Configuration]:
     for dtype, name in NAMES.items():
         for activation in ("silu", "gelu", "gelu_tanh"):
@@ -122,7 +125,7 @@ def _configurations(p, activation, architectures):
         _forward,
         {"gate": p, "up": p, "h": p, **strides},
         {"ACTIVATION": activation, "BLOCK": BLOCK},
-        WARPS, architectures=architectures[-1:], registers=64, label=label,
+        WARPS, architectures=architectures[-1:], registers=64, multiples=MULTIPLES, label=label,
     )  # fmt: skip
     yield Configuration(
         _backward,
@@ -131,5 +134,5 @@ def _configurations(p, activation, architectures):
             **strides,
         },
         {"ACTIVATION": activation, "WITH_H": True, "BLOCK": BLOCK},
-        WARPS, architectures=architectures, registers=128, label=label,
+        WARPS, architectures=architectures, registers=128, multiples=MULTIPLES, label=label,
     )  # fmt: skip

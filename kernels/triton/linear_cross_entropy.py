@@ -11,12 +11,13 @@ run. In half types, tiles where every |G| < eps / 32 (2^-12 in bfloat16) are ski
 cut-cross-entropy (arXiv 2411.09009): beside a gradient of 1 they round to nothing. In float32
 nothing is skipped.
 
-No operator chooses this form yet: `linear_cross_entropy` runs in chunks of rows, which do fewer
-products and hold a chunk's logits. The region where this form wins awaits a measurement on a GPU.
-Without bias, LoRA, class weights and label smoothing, which the chunks serve.
+Rows without a label come last, and their number stays on the device: nothing is computed for them,
+and the host waits for nothing. A label outside the vocabulary makes its loss and its row of dx NaN.
+Without bias, LoRA, class weights and label smoothing, which only the chunks of rows serve.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BFLOAT16, NAMES, Configuration, on_device, processors, tanh
+from .common import BFLOAT16, NAMES, Configuration, capability, on_device, processors, tanh
 
 
 @triton.jit
@@ -55,20 +56,23 @@ def _logits(
 
 @triton.jit
 def _forward(
-    x, weight, labels, lse, target, x_stride, weight_stride, rows, vocab, hidden, ignore_index,
-    scale, softcap,
+    x, weight, labels, labelled, lse, target, x_stride, weight_stride, rows, vocab, hidden,
+    ignore_index, scale, softcap,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    kept = tl.load(labelled).to(tl.int32)
+    if tl.program_id(0) * ROWS >= kept:
+        return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
-    label = tl.load(labels + row, mask=row < rows, other=ignore_index)
+    label = tl.load(labels + row, mask=row < kept, other=ignore_index)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     own = tl.zeros([ROWS], tl.float32)
     for start in range(split * COLUMNS, vocab, tl.num_programs(1) * COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         z = _logits(
-            x, weight, x_stride, weight_stride, row, column, rows, vocab, hidden, scale, softcap,
+            x, weight, x_stride, weight_stride, row, column, kept, vocab, hidden, scale, softcap,
             SOFTCAP, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
         z = tl.where(column[None, :] < vocab, z, float("-inf"))
@@ -77,19 +81,23 @@ def _forward(
         total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
         maximum = higher
     place = split.to(tl.int64) * rows + row
-    tl.store(lse + place, maximum + tl.log(total), mask=row < rows)
-    tl.store(target + place, tl.where(label == ignore_index, 0.0, own), mask=row < rows)
+    tl.store(lse + place, maximum + tl.log(total), mask=row < kept)
+    tl.store(target + place, own, mask=row < kept)
 
 
 @triton.jit
 def _backward(
-    x, weight, labels, lse, upstream, grad, x_stride, weight_stride, rows, vocab, hidden,
+    x, weight, labels, labelled, lse, upstream, grad, x_stride, weight_stride, vocab, hidden,
     ignore_index, scale, softcap, threshold,
     OF_WEIGHT: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Adds to this program's block of grad: rows of dx, or with OF_WEIGHT rows of dW."""
     first = tl.program_id(0)
+    rows = tl.load(labelled).to(tl.int32)
+    if not OF_WEIGHT:
+        if first * ROWS >= rows:
+            return
     for start in range(0, rows if OF_WEIGHT else vocab, ROWS if OF_WEIGHT else COLUMNS):
         row = (start if OF_WEIGHT else first * ROWS) + tl.arange(0, ROWS)
         column = (first * COLUMNS if OF_WEIGHT else start) + tl.arange(0, COLUMNS)
@@ -148,34 +156,41 @@ def _tile(dtype: torch.dtype, capability: int) -> dict[str, int]:
     return {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
 
 
-def _capability(x: Tensor) -> int:
-    if x.device.type != "cuda":  # the interpreter
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
-
-
 def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
-def blockwise_forward(
-    x: Tensor,  # (rows, hidden)
-    weight: Tensor,  # (vocab, hidden), of x's dtype
-    labels: Tensor,  # (rows,) int64
-    softcap: float = 0.0,  # 0: none
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """logsumexp of each row's logits and the logit of its label (0 where ignored), float32.
+@dataclass(frozen=True)
+class _Labelled:
+    """The rows in an order that puts those with a label first, made without asking the device."""
 
-    The vocabulary is dealt to `splits` programs per block of rows, whose results are merged in a
-    fixed order; by default to as many as the device needs to be full.
-    """
-    x, weight, labels = _rows(x), _rows(weight), labels.contiguous()
+    order: Tensor  # (rows,) int64
+    labels: Tensor  # (rows,) in this order
+    kept: Tensor  # (rows,) bool: not ignored
+    wrong: Tensor  # (rows,) bool: a label outside the vocabulary
+    count: Tensor  # () int64: rows that are not ignored
+
+    @staticmethod
+    def of(labels: Tensor, ignore_index: int, vocab: int) -> "_Labelled":
+        order = (labels == ignore_index).to(torch.uint8).argsort(stable=True)
+        labels = labels[order]
+        kept = labels != ignore_index
+        wrong = kept & ((labels < 0) | (labels >= vocab))
+        return _Labelled(order, labels, kept, wrong, kept.sum())
+
+    def back(self, values: Tensor) -> Tensor:
+        """Rows in their first order."""
+        return torch.empty_like(values).index_copy_(0, self.order, values)
+
+
+def linear_cross_entropy_blockwise(x, weight, labels, ignore_index, numbers, splits=None):
+    """`splits` programs share the vocabulary of one block of rows; by default as many as fill
+    the device. Their results are merged in a fixed order."""
     (rows, hidden), vocab = x.shape, weight.shape[0]
-    size = _tile(x.dtype, _capability(x))
+    softcap, scale = numbers
+    weight, labelled = _rows(weight), _Labelled.of(labels, ignore_index, vocab)
+    x = x[labelled.order]
+    size = _tile(x.dtype, capability(x))
     row_blocks, blocks = triton.cdiv(rows, size["ROWS"]), triton.cdiv(vocab, size["COLUMNS"])
     wanted = splits or triton.cdiv(2 * processors(x), max(1, row_blocks))
     splits = max(1, min(wanted, blocks))
@@ -184,49 +199,50 @@ def blockwise_forward(
     if rows:
         with on_device(x):
             _forward[(row_blocks, splits)](
-                x, weight, labels, lse, target, x.stride(0), weight.stride(0), rows, vocab, hidden,
-                ignore_index, logit_scale, softcap, SOFTCAP=softcap != 0.0, **size, num_warps=4,
-                num_stages=3,
+                x, weight, labelled.labels, labelled.count, lse, target, x.stride(0),
+                weight.stride(0), rows, vocab, hidden, ignore_index, scale, softcap,
+                SOFTCAP=softcap != 0.0, **size, num_warps=4, num_stages=3,
             )  # fmt: skip
-    if splits == 1:
-        return lse[0], target[0]
-    return lse.logsumexp(0), target.sum(0)
+    merged = torch.where(labelled.kept, lse[0] if splits == 1 else lse.logsumexp(0), 0.0)
+    losses = torch.where(labelled.kept, merged - target.sum(0), 0.0)
+    losses = losses.masked_fill(labelled.wrong, float("nan"))
+    return labelled.back(losses), labelled.back(merged)
 
 
-def blockwise_backward(
-    x: Tensor,  # (rows, hidden)
-    weight: Tensor,  # (vocab, hidden), of x's dtype
-    labels: Tensor,  # (rows,) int64
-    lse: Tensor,  # (rows,) float32, blockwise_forward's
-    dlosses: Tensor,  # (rows,)
-    softcap: float = 0.0,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    weight_grad: bool = True,
-) -> tuple[Tensor, ...]:
-    """dx, and with weight_grad dweight, of losses lse - target with upstream gradients dlosses."""
-    x, weight, labels = _rows(x), _rows(weight), labels.contiguous()
+def linear_cross_entropy_blockwise_backward(
+    dlosses, x, weight, labels, lse, ignore_index, numbers, needs
+):
     (rows, hidden), vocab = x.shape, weight.shape[0]
+    softcap, scale = numbers
+    weight, labelled = _rows(weight), _Labelled.of(labels, ignore_index, vocab)
+    x, lse = x[labelled.order], lse[labelled.order]
     # Rows enter relative to the largest: a mean's 1 / rows would sink G into float16's subnormals.
-    wide = dlosses.to(torch.float32)
+    wide = torch.where(labelled.kept, dlosses[labelled.order].to(torch.float32), 0.0)
     largest = wide.abs().amax() if rows else wide.new_ones(())
-    largest = torch.where(largest > 0, largest, 1.0)
-    upstream = (wide / largest).contiguous()
+    largest = torch.where(largest == 0, 1.0, largest)
+    upstream = wide / largest
+    largest = largest * scale
     threshold = 0.0 if x.dtype is torch.float32 else torch.finfo(x.dtype).eps / 32
+    size = _tile(x.dtype, capability(x))
     results = []
-    for of_weight in (False, True) if weight_grad else (False,):
-        size = _tile(x.dtype, _capability(x))
-        like, block = (weight, size["COLUMNS"]) if of_weight else (x, size["ROWS"])
+    for of_weight, like, block in ((False, x, size["ROWS"]), (True, weight, size["COLUMNS"])):
+        if not needs[of_weight]:
+            results.append(x.new_empty(0))
+            continue
         grad = torch.zeros(like.shape, dtype=torch.float32, device=x.device)
         if grad.numel():
             with on_device(x):
                 _backward[(triton.cdiv(like.shape[0], block),)](
-                    x, weight, labels, lse, upstream, grad, x.stride(0), weight.stride(0), rows,
-                    vocab, hidden, ignore_index, logit_scale, softcap, threshold,
+                    x, weight, labelled.labels, labelled.count, lse, upstream, grad, x.stride(0),
+                    weight.stride(0), vocab, hidden, ignore_index, scale, softcap, threshold,
                     OF_WEIGHT=of_weight, SOFTCAP=softcap != 0.0, **size, num_warps=4,
                     num_stages=3,
                 )  # fmt: skip
-        results.append(grad.mul_(largest * logit_scale).to(like.dtype))
+        if of_weight:
+            results.append(grad.mul_(largest).to(like.dtype))
+        else:
+            factor = torch.where(labelled.wrong, float("nan"), largest)
+            results.append(labelled.back(grad.mul_(factor[:, None]).to(like.dtype)))
     return tuple(results)
 
 
@@ -239,10 +255,10 @@ def configurations() -> Iterator[Configuration]:
         name = NAMES[dtype]
         p, f = f"*{name}", "*fp32"
         types = {
-            "x": p, "weight": p, "labels": "*i64", "lse": f, "target": f, "upstream": f,
-            "grad": f, "x_stride": "i64", "weight_stride": "i64", "rows": "i32", "vocab": "i32",
-            "hidden": "i32", "ignore_index": "i32", "scale": "fp32", "softcap": "fp32",
-            "threshold": "fp32",
+            "x": p, "weight": p, "labels": "*i64", "labelled": "*i64", "lse": f, "target": f,
+            "upstream": f, "grad": f, "x_stride": "i64", "weight_stride": "i64",
+            **dict.fromkeys(("rows", "vocab", "hidden", "ignore_index"), "i32"),
+            **dict.fromkeys(("scale", "softcap", "threshold"), "fp32"),
         }  # fmt: skip
         forms = (
             (_forward, {}),
@@ -255,8 +271,9 @@ def configurations() -> Iterator[Configuration]:
                 {argument: types[argument] for argument in kernel.arg_names if argument in types},
                 {"SOFTCAP": True, **form, **_tile(dtype, architecture)},
                 architectures=(architecture,),
-                # Only where nothing is known of the rows' alignment, as here; aligned rows, which
-                # every usual hidden size has, need none.
+                # Where nothing is known of the rows' alignment.
                 stack=64,
+                aligned_stack=8,
+                multiples=("x_stride", "weight_stride", "vocab", "hidden"),
                 label=f"{name} {form}",
             )

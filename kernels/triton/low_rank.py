@@ -202,5 +202,6 @@ def _configuration(dtype, kernel, block, architectures) -> Configuration:
         {argument: types[argument] for argument in kernel.arg_names if argument in types},
         {"HAS_MASK": True, **_tile(kernel, block)},
         architectures=architectures,
+        multiples=("matrix_stride", "columns"),
         label=f"{name} rank {block}",
     )

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from . import norm_wide
 from .common import (
     ARCHITECTURES,
     BFLOAT16,
@@ -22,7 +22,7 @@ from .common import (
     warps_for,
 )
 
-# A longer row would not fit the registers of one program.
+# A longer row would not fit the registers of one program: norm_wide takes it in blocks.
 LONGEST = 8192
 
 
@@ -104,20 +104,16 @@ def _backward(
         tl.store(dbias + place + columns, bias_sum, mask=inside)
 
 
-def _block(x: Tensor) -> int:
-    if x.shape[1] > LONGEST:
-        raise ValueError(f"x: expected a hidden size up to {LONGEST} on CUDA, got {x.shape[1]}")
-    return next_power_of_2(x.shape[1])
-
-
 def _normalise(x, residual, weight, bias, eps, offset, center):
     rows, hidden = x.shape
-    block = _block(x)
     y = x.new_empty(rows, hidden)
     total = x.new_empty(rows, hidden) if residual is not None else x.new_empty(0)
     mean = x.new_empty(rows if center else 0, dtype=torch.float32)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    if rows:
+    if hidden > LONGEST:
+        norm_wide.normalise(x, residual, weight, bias, (y, total, mean, rstd), eps, offset, center)
+    elif rows:
+        block = next_power_of_2(hidden)
         with on_device(x):
             _forward[(rows,)](
                 x, residual, weight, bias, y, total, mean, rstd,
@@ -128,11 +124,11 @@ def _normalise(x, residual, weight, bias, eps, offset, center):
     return y, total, mean, rstd
 
 
-def _gradients(dy, dtotal, x, weight, mean, rstd, offset, center, weight_grad, bias_grad):
+def _partial(dy, dtotal, x, weight, mean, rstd, dx, offset, center, weight_grad, bias_grad):
+    """Fills dx; gives the sums of dweight and dbias over groups of rows, a row for each group."""
     rows, hidden = x.shape
-    block = _block(x)
+    block = next_power_of_2(hidden)
     groups = max(1, min(rows, 4 * processors(x)))
-    dx = x.new_empty(rows, hidden)
     partial = [
         x.new_empty(groups if needed else 0, hidden, dtype=torch.float32)
         for needed in (weight_grad, bias_grad)
@@ -145,6 +141,16 @@ def _gradients(dy, dtotal, x, weight, mean, rstd, offset, center, weight_grad, b
             CENTER=center, HAS_DTOTAL=dtotal is not None, HAS_WEIGHT=weight is not None,
             WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad, BLOCK=block, num_warps=warps_for(block),
         )  # fmt: skip
+    return partial
+
+
+def _gradients(dy, dtotal, x, weight, mean, rstd, offset, center, weight_grad, bias_grad):
+    dx = x.new_empty(x.shape)
+    args = dy, dtotal, x, weight, mean, rstd, dx, offset
+    if x.shape[1] > LONGEST:
+        partial = norm_wide.gradients(*args, weight_grad, bias_grad)
+    else:
+        partial = _partial(*args, center, weight_grad, bias_grad)
     dtype = torch.float32 if weight is None else weight.dtype
     sums = [
         part.sum(0).to(dtype) if needed else x.new_empty(0)
@@ -170,6 +176,9 @@ def layer_norm_backward(dy, dtotal, x, weight, mean, rstd, weight_grad, bias_gra
     return _gradients(dy, dtotal, x, weight, mean, rstd, 0.0, True, weight_grad, bias_grad)
 
 
+MULTIPLES = ("dy_stride", "dtotal_stride", "x_stride", "residual_stride", "hidden")
+
+
 def configurations() -> Iterator[Configuration]:
     for dtype, name in NAMES.items():
         for hidden in (576, 4096, 8192):
@@ -180,6 +189,8 @@ def configurations() -> Iterator[Configuration]:
 def _configurations(dtype, name, block, center):
     p, f = f"*{name}", "*fp32"
     architectures = BFLOAT16 if dtype is torch.bfloat16 else ARCHITECTURES
+    if block < LONGEST:
+        architectures = architectures[:: len(architectures) - 1]
     yield Configuration(
         _forward,
         {
@@ -191,7 +202,8 @@ def _configurations(dtype, name, block, center):
             "CENTER": center, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "HAS_BIAS": center,
             "BLOCK": block,
         },
-        warps_for(block), architectures=architectures, label=f"{name} {block}",
+        warps_for(block), architectures=architectures, multiples=MULTIPLES,
+        label=f"{name} {block}",
     )  # fmt: skip
     yield Configuration(
         _backward,
@@ -205,5 +217,6 @@ def _configurations(dtype, name, block, center):
             "BIAS_GRAD": center, "BLOCK": block,
         },
         warps_for(block), architectures=architectures, stack=8 if block == LONGEST else 0,
+        multiples=MULTIPLES, aligned_stack=16 if block == LONGEST else 8,
         label=f"{name} {block}",
     )  # fmt: skip

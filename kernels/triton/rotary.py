@@ -176,5 +176,6 @@ def _configuration(name, heads, half, tail, transposed, architectures):
         },
         {"TRANSPOSED": transposed, **block},
         WARPS, architectures=architectures, registers=96,
+        multiples=(*strides, "head_dim", *(("half",) if half % 16 == 0 else ())),
         label=f"{name} {heads} heads of {2 * half} and {tail}",
     )  # fmt: skip

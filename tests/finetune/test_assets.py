@@ -44,6 +44,15 @@ def test_fetches_once(asset, tmp_path, monkeypatch):
     assert assets.dataset("tiny", tmp_path / "cache") == path
 
 
+def test_fetches_a_folder(asset, tmp_path, monkeypatch):
+    folder = changed(asset, member="tiny_asset/")
+    monkeypatch.setitem(assets.DATASETS, "tiny", folder)
+    monkeypatch.setitem(assets.MODELS, "tiny", folder)
+    for found in (assets.dataset, assets.model):
+        path = found("tiny", tmp_path / "cache")
+        assert path.name == "tiny" and entries(path) == ["__init__.py", "numbers.json"]
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

@@ -3,7 +3,8 @@
     python tests/kernels/ahead_of_time.py norm
 
 prints one JSON line per kernel, configuration and architecture: registers, spilled bytes (the local
-memory a thread asks for), shared memory; or the compiler's error.
+memory a thread asks for), shared memory; or the compiler's error. Everything is compiled as it is
+for aligned rows, which usual models have, and every second form for rows of which nothing is known.
 """
 
 import json
@@ -41,20 +42,26 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def compile_one(job) -> dict:
-    configuration, architecture = job
+    configuration, architecture, aligned = job
+    stack = configuration.aligned_stack if aligned else configuration.stack
     row = {
         "kernel": configuration.kernel.__name__,
-        "configuration": configuration.label,
+        "configuration": configuration.label + (" aligned" if aligned else ""),
         "architecture": architecture,
-        "limits": (configuration.registers, configuration.stack),
+        "limits": (configuration.registers, stack),
     }
     constants = dict(configuration.constants)
     signature = {**configuration.signature, **dict.fromkeys(constants, "constexpr")}
     # Triton wants the arguments in the order of the function's parameters.
     signature = {name: signature[name] for name in configuration.kernel.arg_names}
+    multiples = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if aligned and (kind.startswith("*") or name in configuration.multiples)
+    }
     try:
         compiled = triton.compile(
-            ASTSource(configuration.kernel, signature, constants),
+            ASTSource(configuration.kernel, signature, constants, multiples),
             target=GPUTarget("cuda", architecture, 32),
             options={"num_warps": configuration.warps, "num_stages": configuration.stages},
         )
@@ -66,7 +73,9 @@ def compile_one(job) -> dict:
 def main(file: str) -> None:
     load_kernels()
     module = __import__(f"fastft.kernels.{file}", fromlist=["configurations"])
-    jobs = [(c, a) for c in module.configurations() for a in c.architectures]
+    forms = [(c, a) for c in module.configurations() for a in c.architectures]
+    jobs = [(*form, True) for form in forms]
+    jobs += [(*form, False) for form in forms[::2] if form[0].stack is not None]
     with ThreadPoolExecutor(2) as pool:
         for row in pool.map(compile_one, jobs):
             print(json.dumps(row), flush=True)

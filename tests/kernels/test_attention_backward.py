@@ -62,6 +62,13 @@ def test_unequal_tiles(monkeypatch):
         assert_right(backward(arguments(torch.float32, 1, 1, 16, causal=True, window=7)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_heads_wider_than_128_on_turing(monkeypatch, dtype):
+    monkeypatch.undo()
+    monkeypatch.setattr(attention_backward, "capability", lambda _: 75)
+    assert_right(backward(arguments(dtype, 1, 1, 136, causal=True, window=9)))
+
+
 def test_nothing():
     for q, k in (((), ()), ((0, 0), (0, 0)), ((0,), (3,)), ((3,), (0,))):
         args = (*inputs(torch.float32, 2, 1, 16, q, k), bounds(q), bounds(k), None)

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from heads import DTYPES, LORA_SCALE, eager, fused, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -11,16 +12,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import assert_as_exact, leaves, run
 
-import fastft.ops.linear_cross_entropy as module
-from fastft.ops.linear_cross_entropy import (
-    Head,
-    _labelled_only,
-    _linear_cross_entropy,
-    linear_cross_entropy,
-)
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LORA_SCALE = 0.5
+import fastft.ops.linear_cross_entropy_chunked as module
+from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
+from fastft.ops.linear_cross_entropy_chunked import _labelled_only, _linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -29,55 +23,9 @@ def _several_chunks(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 1)
 
 
-def eager(x, weight, bias, a, b, class_weight, labels, options):
-    options = dict(options)
-    softcap, scale = options.pop("softcap", None), options.pop("logit_scale", 1.0)
-    logits = F.linear(x, weight, bias)
-    if a is not None:
-        logits = logits + F.linear(F.linear(x.to(a.dtype), a), b) * LORA_SCALE
-    logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if class_weight is not None:
-        class_weight = class_weight.to(logits.dtype)
-    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), class_weight, **options)
-    loss = loss.view(labels.shape) if options.get("reduction") == "none" else loss
-    return loss.to(x.dtype)
-
-
-def fused(x, weight, bias, a, b, class_weight, labels, options):
-    options = dict(options)
-    lora = None if a is None else (a, b, LORA_SCALE)
-    head = Head(weight, bias, lora, options.pop("logit_scale", 1.0))
-    loss = linear_cross_entropy(x, head, labels, weight=class_weight, **options)
-    assert loss.dtype is torch.promote_types(x.dtype, torch.float32)
-    # Logits are rounded to x's dtype, so the rule allows the loss that dtype's last places.
-    return loss.to(x.dtype)
-
-
 def beside_logits(function):
     """The loss plus a number as large as its logits, whose rounding a small loss is exact to."""
     return lambda *args: function(*args) + 10.0
-
-
-def inputs(dtype, rows, vocab, hidden=24, lora_dtype=None, bias=True, weighted=False):
-    def make(*shape, std=1.0, dtype=dtype):
-        return (torch.randn(*shape) * std).to(dtype).requires_grad_()
-
-    lora_dtype = lora_dtype or dtype
-    labels = torch.randint(0, vocab, (rows,))
-    labels[torch.rand(rows) < 0.4] = -100
-    if rows:
-        labels[-1] = 0  # one label at least, where eager would give NaN
-    return [
-        make(rows, hidden),
-        make(vocab, hidden, std=2 * hidden**-0.5),
-        make(vocab) if bias else None,
-        make(3, hidden, std=hidden**-0.5, dtype=lora_dtype),
-        make(vocab, 3, dtype=lora_dtype),
-        torch.rand(vocab).to(dtype) + 0.1 if weighted else None,
-        labels,
-    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +59,7 @@ def test_large_products(monkeypatch):
     """Sizes at which the faster library for products is chosen, in chunks of the usual size."""
     monkeypatch.undo()
     args = inputs(torch.float32, 300, 30_000, hidden=64)
-    assert module._chunk_rows(300, 30_000) < 300
+    assert module._chunk_rows(args[0], 30_000) < 300
     assert_as_exact(fused, eager, (*args, {}))
 
 

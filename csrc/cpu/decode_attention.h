@@ -1,0 +1,27 @@
+// Attention of a few new queries per sequence over a preallocated KV cache. Torch-free.
+#pragma once
+
+#include "isa.h"
+
+namespace fastft {
+
+// (rows, tokens, heads, dim) in any order but for a contiguous last dimension; strides in elements.
+struct CachedHeads {
+  const void* data;
+  int64_t row_stride, token_stride, head_stride;
+};
+
+struct DecodeAttention {
+  DType dtype;
+  int64_t batch, queries, heads, kv_heads, dim;
+  const int32_t* lengths;  // (batch): slots of the cache in use, the new tokens' included
+  CachedHeads q, k, v;
+  float scale;
+  int64_t window;          // slots that a query sees up to its own
+  float softcap;           // 0: none
+  void* out;               // (batch, queries, heads, dim)
+};
+
+FASTFT_DECLARE(void decode_attention(const DecodeAttention&))
+
+}  // namespace fastft

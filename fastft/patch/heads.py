@@ -1,0 +1,236 @@
+"""Swaps the loss of classification, tagging, multiple-choice and masked-language-model heads.
+
+Under gradient accumulation these heads are handed `num_items_in_batch`, the number of labelled
+items of all accumulated batches, and take the mean over their own batch all the same, so that loss
+and gradients come out multiplied by the number of steps (transformers#47688). Here the loss is the
+sum over the items divided by `num_items_in_batch`; without it, the mean over the batch as before.
+
+A head that maps every token to a vocabulary computes the labelled places only while it trains;
+`outputs.logits` is there when it is read.
+"""
+
+import inspect
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.cross_entropy import cross_entropy
+from fastft.patch import padding
+from fastft.patch.confirm import TOLERANCE, Unlike, relative, undisturbed
+from fastft.patch.lazy import LazyLogits
+from fastft.patch.packing import Selection, during, kept
+from fastft.patch.swap import is_hooked, original_forward, swap_of, switched_off
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What was confirmed of a head's loss."""
+
+    cross_entropy: bool  # of logits (..., classes) against labels (...); else another mean
+    selects: bool = False  # the head works place by place: it may see the labelled ones alone
+    names_problem: bool = False  # the forward writes config.problem_type
+    takes_cache: bool = False  # the forward has an argument use_cache
+    per_place: bool = False  # every place has its own label
+    remark: str = "over num_items_in_batch (transformers#47688)"
+
+
+def served_by(options: Loss) -> str:
+    """What the report names as doing the work."""
+    return "cross_entropy" if options.cross_entropy else "PyTorch"
+
+
+def is_candidate(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return False
+    return base_of(module) is not module
+
+
+def base_of(module) -> nn.Module:
+    return getattr(module, module.base_model_prefix, module)
+
+
+def forward(module, *args, **kwargs):
+    arguments = padding.bind(module, args, kwargs)
+    num_items, labels = arguments.pop("num_items_in_batch", None), arguments.get("labels")
+    if module._fastft_swap.options.takes_cache and arguments.get("use_cache") is None:
+        arguments["use_cache"] = False  # nothing is generated from here, and a cache keeps padding
+    if labels is None:
+        spans = arguments.get("start_positions") is not None  # softmax over all places of a row
+        with kept() if spans else nullcontext():
+            return original_forward(module)(**arguments)
+    if torch.compiler.is_compiling() or not _labels_padding(module, labels, arguments):
+        return _forward(module, arguments, labels, num_items)
+    with kept():
+        return _forward(module, arguments, labels, num_items)
+
+
+def _forward(module, arguments: dict, labels: Tensor, num_items):
+    returns_dict = arguments.get("return_dict")
+    returns_dict = module.config.return_dict if returns_dict is None else returns_dict
+    if torch.compiler.is_compiling() or not returns_dict or not _takes_classes(module, labels):
+        return _over_items(original_forward(module)(**arguments), labels, num_items)
+    del arguments["labels"]
+    if module._fastft_swap.options.names_problem and module.config.problem_type is None:
+        module.config.problem_type = "single_label_classification"
+    if _selects(module, labels):
+        return _forward_selected(module, arguments, labels, num_items)
+    output = original_forward(module)(**arguments)
+    flat = output.logits.view(-1, output.logits.shape[-1])
+    output["loss"] = cross_entropy(flat, labels.view(-1).to(flat.device), num_items=num_items)
+    # As the class orders them: whoever turns the output into a tuple finds the loss in front.
+    return type(output)(**{k: output.get(k) for k in output.__dataclass_fields__})
+
+
+def _labels_padding(module, labels: Tensor, arguments: dict) -> bool:
+    """Padded places that have labels count in the model's own loss: they must be computed."""
+    mask = arguments.get("attention_mask")
+    if not module._fastft_swap.options.per_place or mask is None or mask.shape != labels.shape:
+        return False
+    found = bool(((labels != _IGNORED) & (mask == 0).to(labels.device)).any())
+    if found:
+        warnings.warn(
+            "labels at padded places: they count in the loss, so fastft computes the padding too; "
+            f"{_IGNORED} as their label leaves them out, which is faster and usually what is meant",
+            stacklevel=3,
+        )
+    return found
+
+
+def _takes_classes(module, labels: Tensor) -> bool:
+    """Whether this call's loss is the cross entropy that was confirmed."""
+    problem = getattr(module.config, "problem_type", None)
+    options = module._fastft_swap.options
+    if options.names_problem and problem not in (None, "single_label_classification"):
+        return False
+    return options.cross_entropy and labels.dtype is torch.int64
+
+
+def _over_items(output, labels: Tensor, num_items):
+    """The mean over a batch's items turned into its share of the mean over num_items."""
+    if num_items is None:
+        return output
+    own = (labels != _IGNORED).sum()
+    if isinstance(output, tuple):
+        return (output[0] * (own / num_items), *output[1:])
+    output.loss = output.loss * (own / num_items)
+    return output
+
+
+def _selects(module, labels: Tensor) -> bool:
+    base = base_of(module)
+    return (
+        module._fastft_swap.options.selects
+        and torch.is_grad_enabled()
+        and swap_of(base) is not None
+        and swap_of(base).active
+        and not is_hooked(base)
+    )
+
+
+def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
+    chosen = (labels != _IGNORED).flatten().nonzero().flatten()
+    selection = Selection(chosen)
+    with during(selection=selection):
+        output = original_forward(module)(**arguments)
+    if selection.output is None:  # asked for a tuple, or for what a packed forward cannot give
+        raise RuntimeError("the base model did not run through its patched forward")
+    flat = output.logits.view(-1, output.logits.shape[-1])
+    loss = cross_entropy(flat, labels.flatten()[chosen].to(flat.device), num_items=num_items)
+
+    def logits() -> Tensor:
+        with during(selection=Selection(None, selection.output)):
+            return original_forward(module)(**arguments).logits
+
+    lazy = LazyLogits(
+        logits, (*labels.shape, flat.shape[-1]), flat.dtype, flat.device, loss.requires_grad
+    )
+    rest = {k: output.get(k) for k in output.__dataclass_fields__}
+    return type(output)(**{**rest, "loss": loss, "logits": lazy})
+
+
+def recognise(module) -> Loss:
+    """Runs the head as it is on a few tokens; Unlike where its loss is none of the known ones."""
+    parameters = inspect.signature(type(module).forward).parameters
+    if "start_positions" in parameters:
+        return Loss(False, remark="padding computed while training: the loss counts it")
+    if "labels" not in parameters:
+        raise Unlike("loss kept: it takes no labels")
+    config = module.config
+    before = {k: getattr(config, k, None) for k in ("problem_type", "pad_token_id")}
+    try:
+        if before["pad_token_id"] is None:
+            config.pad_token_id = 0
+        with undisturbed(), torch.no_grad(), padding.evaluating(module), switched_off(module):
+            return replace(_recognise(module), takes_cache="use_cache" in parameters)
+    except Unlike:
+        raise
+    except Exception as error:  # the forward of an unknown architecture
+        raise Unlike(f"loss kept: {type(error).__name__}: {error}") from error
+    finally:
+        for name, value in before.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
+def _recognise(module) -> Loss:
+    config, own = module.config, type(module).forward
+    embedding = module.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator).to(embedding.device)
+
+    ids = numbers(embedding.shape[0], 2, 7)
+    try:
+        logits = own(module, input_ids=ids).logits
+    except (RuntimeError, ValueError):  # multiple choice takes (batch, choices, length)
+        ids = numbers(embedding.shape[0], 2, 3, 7)
+        logits = own(module, input_ids=ids).logits
+    per_token, classes = logits.shape[:-1] == ids.shape, logits.shape[-1]
+    if not per_token and logits.shape[:-1] != ids.shape[:1]:
+        raise Unlike(f"loss kept: its logits have the shape {tuple(logits.shape)}")
+    names_problem = False
+    if classes > 1:
+        labels = numbers(classes, *logits.shape[:-1])
+        if per_token:
+            labels[0, 1:4] = _IGNORED
+        asked = getattr(config, "problem_type", None)
+        if asked in (None, "single_label_classification"):
+            loss = own(module, input_ids=ids, labels=labels).loss
+            names_problem = getattr(config, "problem_type", None) is not None
+            wanted = cross_entropy(logits.view(-1, classes).float(), labels.view(-1))
+            if not relative(loss, wanted) <= _limit(logits):
+                raise Unlike("loss kept: it is not the cross entropy of its logits")
+            selects = per_token and classes > config.hidden_size
+            selects = selects and _works_by_place(module, ids, logits)
+            return Loss(True, selects, names_problem, per_place=per_token)
+    labels = torch.rand(logits.shape, generator=generator).to(logits)
+    each = [own(module, input_ids=ids[i : i + 1], labels=labels[i : i + 1]).loss for i in (0, 1)]
+    both = own(module, input_ids=ids, labels=labels).loss
+    if not relative(both, sum(each) / 2) <= _limit(logits):
+        raise Unlike("loss kept: it is not the mean over its rows")
+    return Loss(False)
+
+
+def _works_by_place(module, ids: Tensor, logits: Tensor) -> bool:
+    """Whether the head gives a place the same logits among few as among all."""
+    base, places = base_of(module), torch.tensor([1, 4, 8])
+    if swap_of(base) is None:
+        return False
+    swap_of(base).active = True  # inside `switched_off`, which sets it again
+    with during(selection=Selection(places)):
+        some = type(module).forward(module, input_ids=ids).logits
+    swap_of(base).active = False
+    wanted = logits.flatten(0, 1)[places.to(logits.device)]
+    return some.shape == (1, *wanted.shape) and relative(some[0], wanted) <= _limit(logits)
+
+
+def _limit(logits: Tensor) -> float:
+    return TOLERANCE if logits.dtype is torch.float32 else 5e-2

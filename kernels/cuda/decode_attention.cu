@@ -1,0 +1,374 @@
+// Two kernels. In the first, a block of threads owns kBlock slots of one key head, at a multiple of
+// kBlock, and up to 16 of the lines that read it (line l is head l % groups of query l / groups).
+// It leaves their maxima, sums and weighted values in memory; the second merges these in ascending
+// order. Half types go through the warp's matrix product, whose rows are the lines, however few:
+// what a line gets depends on no other. The grid is the capacity's, so that a CUDA graph serves
+// every length; blocks behind the length return at once.
+#include "decode_attention.h"
+
+#include "common.cuh"
+
+namespace fastft::cuda {
+namespace {
+
+constexpr int kBlock = int(kDecodeBlock);
+constexpr int kLines = 16;  // rows of a matrix product
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kGroup = 16;    // slots that a warp takes at a time: the depth of a matrix product
+constexpr int kColumns = 64;  // of the values at a time
+// Rows of scores and of sums lie so far apart that a warp's accesses meet different banks.
+constexpr int kScores = kBlock + 4, kSums = kColumns + 1;
+
+struct Span {
+  int begin, end;
+  __device__ bool empty() const { return begin >= end; }
+  __device__ bool has(int slot) const { return begin <= slot && slot < end; }
+  __device__ bool meets(int from, int to) const { return begin < to && from < end; }
+};
+
+// The slots that a query sees.
+__device__ __forceinline__ Span seen(const DecodeAttention& a, int row, int query) {
+  int64_t length = a.lengths[row];
+  length = length < 0 ? 0 : length > a.capacity ? a.capacity : length;
+  int64_t end = length - a.queries + query + 1, begin = end - a.window;
+  return {int(begin < 0 ? 0 : begin), int(end < 0 ? 0 : end)};
+}
+
+// What a block of threads works on. Slots are counted from its first.
+struct Tile {
+  int row, kv_head, groups, lines;  // all lines of the key head
+  int first, count;                 // the lines of this tile
+  int base;                         // its first slot
+
+  __device__ Tile(const DecodeAttention& a) {
+    groups = int(a.heads / a.kv_heads), lines = int(a.queries) * groups;
+    int tiles = (lines + kLines - 1) / kLines;
+    row = blockIdx.z, kv_head = blockIdx.y / tiles, first = blockIdx.y % tiles * kLines;
+    count = lines - first < kLines ? lines - first : kLines;
+    base = blockIdx.x * kBlock;
+  }
+  __device__ int first_query() const { return first / groups; }
+  __device__ int last_query() const { return (first + count - 1) / groups; }
+  // What the queries from one to another see, any of them, of this block.
+  __device__ Span slots(const DecodeAttention& a, int query, int last) const {
+    int begin = seen(a, row, query).begin - base, end = seen(a, row, last).end - base;
+    return {begin < 0 ? 0 : begin, end > kBlock ? kBlock : end};
+  }
+};
+
+template <class T>
+__device__ __forceinline__ const T* at(const CachedHeads& x, int64_t row, int64_t token,
+                                       int64_t head) {
+  return static_cast<const T*>(x.data) + row * x.row_stride + token * x.token_stride +
+         head * x.head_stride;
+}
+
+// Whether every row of x can be read 16 bytes at a time.
+template <class T>
+__device__ __forceinline__ bool packs_aligned(const CachedHeads& x) {
+  return aligned16(x.data) &&
+         (x.row_stride | x.token_stride | x.head_stride) % Pack<T>::size == 0;
+}
+
+template <class T>
+__device__ __forceinline__ Pack<T> load_or_zero(const T* from, bool there, bool aligned) {
+  return there ? load(from, aligned) : Pack<T>{};
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t word_of(T low, T high) {
+  return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+}
+
+// Elements from one query to the next in shared memory: zeros up to a multiple of 32, and a pack.
+template <class T>
+__host__ __device__ inline int query_width(int64_t dim) {
+  return int((dim + 31) / 32 * 32) + Pack<T>::size;
+}
+
+template <class T>
+__device__ void stage_queries(const DecodeAttention& a, const Tile& s, T* queries) {
+  int width = query_width<T>(a.dim);
+  for (int i = threadIdx.x; i < kLines * width; i += kThreads) {
+    int line = s.first + i / width, d = i % width;
+    bool there = line < s.lines && d < a.dim;
+    queries[i] = there ? at<T>(a.q, s.row, line / s.groups,
+                               s.kv_head * s.groups + line % s.groups)[d]
+                       : T{};
+  }
+}
+
+// ---- scores (kLines, kBlock) = queries keys^T, for the slots in `slots`; no others are read ----
+
+// Half types. A thread of the matrix product holds two neighbours along its depth; which dims these
+// are is free, so a thread loads 16 bytes of a key's row and uses them in two products.
+template <class T>
+__device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots, const T* queries,
+                            float* scores) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int width = query_width<T>(a.dim);
+  const bool aligned = packs_aligned<T>(a.k);
+  for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
+    if (!slots.meets(group, group + kGroup)) continue;
+    float sums[2][4] = {};
+    const T* key[2];
+    bool there[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      // Column n of product u is this slot, so that a thread's sums are four slots in a row.
+      int slot = group + g / 2 * 4 + 2 * u + g % 2;
+      there[u] = slots.has(slot);
+      key[u] = at<T>(a.k, s.row, s.base + (there[u] ? slot : slots.begin), s.kv_head);
+    }
+#pragma unroll 4
+    for (int d = 8 * t; d < width - Pack<T>::size; d += 32) {
+      auto top = bit_cast<uint4>(load(queries + g * width + d, true));
+      auto bottom = bit_cast<uint4>(load(queries + (g + 8) * width + d, true));
+      const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
+      const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        auto x = bit_cast<uint4>(load_or_zero(key[u] + d, there[u] && d < a.dim, aligned));
+        mma<T>(sums[u], first, {x.x, x.y});
+        mma<T>(sums[u], second, {x.z, x.w});
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int u = i / 4, c = i % 4;
+      scores[(g + c / 2 * 8) * kScores + group + 4 * t + 2 * u + c % 2] = sums[u][c];
+    }
+  }
+}
+
+// float32: a thread to a slot.
+static_assert(kThreads == kBlock);
+template <>
+__device__ void make_scores<float>(const DecodeAttention& a, const Tile& s, Span slots,
+                                   const float* queries, float* scores) {
+  const int slot = threadIdx.x, width = query_width<float>(a.dim);
+  if (!slots.has(slot)) return;
+  const float* key = at<float>(a.k, s.row, s.base + slot, s.kv_head);
+  const bool aligned = packs_aligned<float>(a.k);
+  float sums[kLines] = {};
+  for (int d = 0; d < a.dim; d += 4) {
+    Pack<float> x = load(key + d, aligned);
+#pragma unroll
+    for (int line = 0; line < kLines; ++line) {
+      Pack<float> q = load(queries + line * width + d, true);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[line] = fmaf(q.item[i], x.item[i], sums[line]);
+    }
+  }
+#pragma unroll
+  for (int line = 0; line < kLines; ++line) scores[line * kScores + slot] = sums[line];
+}
+
+// Scores become e^(score - max), 0 where a line does not see the slot; max and sum go to `stats`.
+template <class T>
+__device__ void make_weights(const DecodeAttention& a, const Tile& s, float* scores,
+                             float* stats) {
+  const int lane = threadIdx.x % kWarp;
+  for (int line = threadIdx.x / kWarp; line < kLines; line += kWarps) {
+    int query = (s.first + line) / s.groups;
+    Span own = line < s.count ? s.slots(a, query, query) : Span{0, 0};
+    float* row = scores + line * kScores;
+    float t[kBlock / kWarp], largest = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kBlock / kWarp; ++i) {
+      int slot = lane + i * kWarp;
+      t[i] = own.has(slot) ? row[slot] * a.scale : -INFINITY;
+      if (a.softcap != 0.f && own.has(slot)) t[i] = a.softcap * tanhf(t[i] / a.softcap);
+      largest = fmaxf(largest, t[i]);
+    }
+    largest = warp_max(largest);
+    const float shift = largest == -INFINITY ? 0.f : largest;
+#pragma unroll
+    for (int i = 0; i < kBlock / kWarp; ++i) {
+      // As the products take it: the sum of what is rounded is what the values are weighted with.
+      t[i] = to_float(from_float<T>(expf(t[i] - shift)));
+      row[lane + i * kWarp] = t[i];
+      sum += t[i];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0 && line < s.count)
+      stats[2 * (s.first + line)] = largest, stats[2 * (s.first + line) + 1] = sum;
+  }
+}
+
+// ---- sums (kWarps, kLines, kColumns) = weights values, each warp's over its own of `slots` ------
+
+template <class T>
+__device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
+                      const float* weights, float* sums) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const bool aligned = packs_aligned<T>(a.v), inside = column + 8 * g < a.dim;
+  float c[8][4] = {};
+#pragma unroll
+  for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
+    if (!slots.meets(group, group + kGroup)) continue;
+    Pack<T> x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int slot = group + 4 * t + i;
+      bool there = slots.has(slot) && inside;
+      const T* row = at<T>(a.v, s.row, s.base + (there ? slot : slots.begin), s.kv_head);
+      x[i] = load_or_zero(row + column + 8 * g, there, aligned);
+    }
+    uint32_t p[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Pack<float> w = load(weights + (g + 8 * half) * kScores + group + 4 * t, true);
+      p[half] = word_of(from_float<T>(w.item[0]), from_float<T>(w.item[1]));
+      p[half + 2] = word_of(from_float<T>(w.item[2]), from_float<T>(w.item[3]));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)  // column n of product j is column 8 n + j of the values
+      mma<T>(c[j], p, {word_of(x[0].item[j], x[1].item[j]), word_of(x[2].item[j], x[3].item[j])});
+  }
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    int j = i / 4, n = i % 4;
+    sums[(warp * kLines + g + n / 2 * 8) * kSums + 8 * (2 * t + n % 2) + j] = c[j][n];
+  }
+}
+
+template <>
+__device__ void weigh<float>(const DecodeAttention& a, const Tile& s, Span slots, int column,
+                             const float* weights, float* sums) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float c[kLines][2] = {};
+  for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
+    if (!slots.meets(group, group + kGroup)) continue;
+#pragma unroll 1
+    for (int slot = group; slot < group + kGroup; slot += 4) {
+      float x[4][2];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        int d = column + lane + i % 2 * kWarp;
+        bool there = slots.has(slot + i / 2) && d < a.dim;
+        x[i / 2][i % 2] =
+            there ? at<float>(a.v, s.row, s.base + slot + i / 2, s.kv_head)[d] : 0.f;
+      }
+#pragma unroll
+      for (int line = 0; line < kLines; ++line) {
+        Pack<float> w = load(weights + line * kScores + slot, true);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          c[line][i % 2] = fmaf(w.item[i / 2], x[i / 2][i % 2], c[line][i % 2]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kLines; ++i)
+    sums[(warp * kLines + i / 2) * kSums + lane + i % 2 * kWarp] = c[i / 2][i % 2];
+}
+
+// The warps' sums added up, for this tile's lines from one to another; false if one is not finite.
+__device__ bool write_values(const DecodeAttention& a, const Tile& s, int column, int from, int to,
+                             const float* sums, float* values) {
+  bool finite = true;
+  from -= s.first, to = to - s.first < s.count ? to - s.first : s.count;
+  for (int i = threadIdx.x; i < kLines * kColumns; i += kThreads) {
+    int line = i / kColumns, d = i % kColumns;
+    if (line < from || line >= to || column + d >= a.dim) continue;
+    float total = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[(warp * kLines + line) * kSums + d];
+    values[(s.first + line) * a.dim + column + d] = total;
+    finite &= fabsf(total) < INFINITY;
+  }
+  return finite;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttention a) {
+  FASTFT_SHARED(shared);
+  const Tile s(a);
+  const Span slots = s.slots(a, s.first_query(), s.last_query());
+  if (slots.empty()) return;
+  float* scores = reinterpret_cast<float*>(shared);
+  char* rest = shared + kLines * kScores * sizeof(float);
+  T* queries = reinterpret_cast<T*>(rest);  // until the scores are there
+  float* sums = reinterpret_cast<float*>(rest);
+  float* values = a.partials + ((int64_t(s.row) * a.kv_heads + s.kv_head) * gridDim.x +
+                                blockIdx.x) * s.lines * (a.dim + 2);
+  stage_queries(a, s, queries);
+  __syncthreads();
+  make_scores(a, s, slots, queries, scores);
+  __syncthreads();
+  make_weights<T>(a, s, scores, values + s.lines * a.dim);
+  __syncthreads();
+  const int low = s.first_query(), high = s.last_query();
+  const Span oldest = s.slots(a, low, low), newest = s.slots(a, high, high);
+  const bool ragged = oldest.begin != newest.begin || oldest.end != newest.end;
+  for (int column = 0; column < a.dim; column += kColumns) {
+    int passes = 1;
+    for (int pass = 0; pass < passes; ++pass) {
+      int from = pass ? low + pass - 1 : low, to = pass ? from : high;
+      weigh<T>(a, s, s.slots(a, from, to), column, scores, sums);
+      __syncthreads();
+      bool finite = write_values(a, s, column, from * s.groups, (to + 1) * s.groups, sums, values);
+      __syncthreads();
+      // A slot that only some queries see has a weight of 0 for the others, which NaN and infinity
+      // survive: then every query goes alone.
+      if (pass == 0 && ragged && block_reduce<true>(finite ? 0.f : 1.f) != 0.f)
+        passes += high - low + 1;
+    }
+  }
+}
+
+// A block of threads to a line, a thread to a column.
+template <class T>
+__global__ void __launch_bounds__(256) merge_kernel(const DecodeAttention a, int64_t blocks) {
+  const int groups = int(a.heads / a.kv_heads), lines = int(a.queries) * groups;
+  const int line = blockIdx.x % lines, item = blockIdx.x / lines, d = threadIdx.x;
+  const int row = item / int(a.kv_heads), query = line / groups;
+  if (d >= a.dim) return;
+  const Span own = seen(a, row, query);
+  float largest = -INFINITY, sum = 0.f, value = 0.f;
+  for (int block = own.begin / kBlock; block * kBlock < own.end; ++block) {
+    const float* values = a.partials + (item * blocks + block) * lines * (a.dim + 2);
+    const float* stats = values + lines * a.dim + 2 * line;
+    const float other = stats[0], both = fmaxf(largest, other);
+    // Equal also where both are -inf, whose difference is none.
+    const float old = largest == both ? 1.f : expf(largest - both);
+    const float add = other == both ? 1.f : expf(other - both);
+    sum = fmaf(stats[1], add, sum * old);
+    value = fmaf(values[line * a.dim + d], add, value * old);
+    largest = both;
+  }
+  int64_t head = int64_t(item) % a.kv_heads * groups + line % groups;
+  static_cast<T*>(a.out)[((row * a.queries + query) * a.heads + head) * a.dim + d] =
+      from_float<T>(own.empty() ? 0.f : value / sum);
+}
+
+template <class T>
+cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
+  const int64_t blocks = (a.capacity + kBlock - 1) / kBlock;
+  const int64_t lines = a.queries * (a.heads / a.kv_heads);
+  const int64_t tiles = (lines + kLines - 1) / kLines;
+  size_t queries = kLines * query_width<T>(a.dim) * sizeof(T);
+  size_t sums = kWarps * kLines * kSums * sizeof(float);
+  size_t bytes = kLines * kScores * sizeof(float) + (queries > sums ? queries : sums);
+  FASTFT_LAUNCH(block_kernel<T>, dim3(unsigned(blocks), unsigned(a.kv_heads * tiles),
+                                      unsigned(a.batch)),
+                dim3(kThreads), bytes, stream, a);
+  if (cudaError_t error = cudaGetLastError()) return error;
+  unsigned threads = unsigned((a.dim + kWarp - 1) / kWarp * kWarp);
+  FASTFT_LAUNCH(merge_kernel<T>, dim3(unsigned(a.batch * a.kv_heads * lines)), dim3(threads), 0,
+                stream, a, blocks);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace fastft::cuda
+
+using namespace fastft::cuda;
+
+Failure fastft_decode_attention(const DecodeAttention* a, Stream stream) {
+  cudaError_t error = with_type(a->dtype, [&](auto type) {
+    return launch<decltype(type)>(*a, static_cast<cudaStream_t>(stream));
+  });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
