@@ -7,7 +7,7 @@
 namespace fastft::cuda {
 namespace {
 
-// A block of threads per 8 outputs and per element of x A^T at most, one after another in a grid.
+// What a grid holds: at most a block per row and 8 outputs, and one per element of x A^T.
 constexpr int64_t kMost = (int64_t(1) << 31) - 1;
 
 Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalTensor bias,
@@ -27,9 +27,8 @@ Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalT
   STD_TORCH_CHECK(a.in <= kMost, "x: expected fewer than 2^31 inputs, got ", a.in);
   STD_TORCH_CHECK(a.rows * ((a.out + 7) / 8) <= kMost && a.rows * a.rank <= kMost,
                   "x: expected fewer rows than ", a.rows, " for a weight of ", a.out, " outputs");
-  Tensor y = empty_rows(own, a.rows, a.out);
-  Tensor workspace = empty_float(x, {a.rows, a.rank});
   if (a.rows == 0 || a.out == 0) return empty_rows(x, a.rows, a.out);
+  Tensor y = empty_rows(own, a.rows, a.out), workspace = empty_float(x, {a.rows, a.rank});
   a.y = y.data_ptr(), a.low = static_cast<float*>(workspace.data_ptr());
   launch(x, fastft_quantized_linear, a);
   return widens ? torch::stable::to(y, type) : y;
