@@ -46,7 +46,8 @@ def files(pattern: str) -> list[str]:
 
 def compile_kernels(compiler: list[str], folder: Path) -> list[str]:
     """Compiles every torch-free kernel file once per instruction set; returns the objects."""
-    shared = max(os.path.getmtime(p) for p in (*files("csrc/cpu/*.h"), "setup.py"))
+    headers = files("csrc/*.h") + files("csrc/cpu/*.h")
+    shared = max(os.path.getmtime(p) for p in (*headers, "setup.py"))
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(job: tuple[str, str]) -> str:
@@ -111,8 +112,8 @@ def gencode(architecture: str) -> list[str]:
 
 def compile_cuda(nvcc: str, architectures: list[str], folder: Path) -> list[str]:
     """Compiles every CUDA file, once, for all architectures; returns the objects."""
-    headers = files("kernels/cuda/*.*h") + files("kernels/cuda/*.h")
-    shared = max(os.path.getmtime(p) for p in (*headers, "csrc/dtype.h", "setup.py"))
+    headers = files("kernels/cuda/*.*h") + files("csrc/*.h")
+    shared = max(os.path.getmtime(p) for p in (*headers, "setup.py"))
     flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
     flags += [flag for architecture in architectures for flag in gencode(architecture)]
     folder = folder / "-".join(architectures)  # other architectures, other objects

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(p.stem for p in (ROOT / "kernels" / "cuda").glob("*.cu"))
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Registers a thread may use; more would leave multiprocessors short of blocks.
-REGISTERS = {"cross_entropy": 64, "decode_attention": 128}
+REGISTERS = {"cross_entropy": 64, "decode_attention": 128, "quantized_linear": 128}
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:

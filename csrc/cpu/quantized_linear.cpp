@@ -1,0 +1,311 @@
+// A linear layer for few rows: the weight is read once for 16 of them, unpacked in registers.
+//
+// Every result is one vector of sums over the inputs in order, folded at the end, whatever tile it
+// was computed in: its bits depend neither on the other rows nor on the number of threads.
+#include "quantized_linear.h"
+
+#include <algorithm>
+
+#include "scratch.h"
+#include "stored_weight.h"
+#include "tile.h"
+
+namespace fastft::FASTFT_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 6;  // with 4 channels, 24 of 32 registers hold sums
+#else
+constexpr int kMaxRows = 3;  // 12 of 16
+#endif
+constexpr int kQuads = 4;        // kChannels outputs each: what a thread takes at a time
+constexpr int64_t kTile = 16;    // rows that share one read of the weight
+constexpr int64_t kSlice = 512;  // inputs of a tile that stay in the first cache, in 32 KB
+constexpr int64_t kChunk = 256;  // rows that are made ready at once
+
+using Sums = Vec[kTile][kChannels];
+
+// ---- sums ----------------------------------------------------------------------------------------
+
+// sums[r][c] += x[r] * weights[c], lane by lane, over the inputs [begin, end).
+template <int R, class Weights>
+void dot(const Weights& w, Rows x, int64_t begin, int64_t end, Vec (*sums)[kChannels]) {
+  Vec own[R][kChannels];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) own[r][c] = sums[r][c];
+  for_each_input(begin, end, [&](int64_t k, int v, auto n) {
+    Vec weights[kChannels];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) weights[c] = w.load(c, k, v, n);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec value = load(x[r] + k + v);
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) own[r][c] = fma(value, weights[c], own[r][c]);
+    }
+  });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) sums[r][c] = own[r][c];
+}
+
+template <int R = kMaxRows, class Weights>
+inline void dot_rows(const Weights& w, Rows x, int rows, int64_t begin, int64_t end,
+                     Vec (*sums)[kChannels]) {
+  if constexpr (R > 1)
+    if (rows < R) return dot_rows<R - 1>(w, x, rows, begin, end, sums);
+  dot<R>(w, x, begin, end, sums);
+}
+
+// Up to kTile rows as floats, with zeros after each up to a whole vector. Element (row, k) lies at
+// data + row * stride + k. Many rows are packed in slices of kSlice inputs, `slice` floats apart:
+// the rows of a tensor may lie a power of two apart, where the first cache holds only a few.
+struct Tile {
+  const float* data;
+  int64_t stride, slice;
+  int rows;
+};
+
+// The same for a slice of more rows than fit the registers: unpacked once, then in parts.
+template <class Weights>
+void add_slice(const Weights& w, const Tile& x, int64_t begin, int64_t end, float* unpacked,
+               Vec (*sums)[kChannels]) {
+  const float* data = x.data + begin / kSlice * x.slice;
+  Plain<float> floats{};
+  if constexpr (std::is_same_v<Weights, Plain<float>>) {
+    floats = w;
+    for (int c = 0; c < kChannels; ++c) floats.row[c] += begin;
+  } else {
+    for (int c = 0; c < kChannels; ++c) {
+      float* slice = unpacked + c * kSlice;
+      floats.row[c] = slice;
+      for_each_input(begin, end, [&](int64_t k, int v, auto n) {
+        store(slice + k - begin + v, w.load(c, k, v, n));
+      });
+    }
+  }
+  const int parts = (x.rows + kMaxRows - 1) / kMaxRows;
+  for (int part = 0; part < parts; ++part) {
+    const int first = x.rows * part / parts, last = x.rows * (part + 1) / parts;
+    dot_rows(floats, Rows{data + first * x.stride, x.stride}, last - first, 0, end - begin,
+             sums + first);
+  }
+}
+
+// sums[q] = x * weights[q] over all inputs; `unpacked` holds kChannels slices of floats.
+template <class Weights>
+void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unpacked,
+              Sums* sums) {
+  for (int q = 0; q < quads; ++q)
+    for (int r = 0; r < x.rows; ++r)
+      for (int c = 0; c < kChannels; ++c) sums[q][r][c] = Vec{};
+  if (x.rows <= kMaxRows) {
+    for (int q = 0; q < quads; ++q)
+      dot_rows(w[q], Rows{x.data, x.stride}, x.rows, 0, in, sums[q]);
+    return;
+  }
+  for (int64_t begin = 0; begin < in; begin += kSlice)
+    for (int q = 0; q < quads; ++q)
+      add_slice(w[q], x, begin, std::min(begin + kSlice, in), unpacked, sums[q]);
+}
+
+// Lane c of the result, c < kChannels, is the sum of all lanes of sums[c].
+inline Vec fold_channels(const Vec* sums) {
+  Vec a = low_lanes<1>(sums[0], sums[1], Lanes{}) + high_lanes<1>(sums[0], sums[1], Lanes{});
+  Vec b = low_lanes<1>(sums[2], sums[3], Lanes{}) + high_lanes<1>(sums[2], sums[3], Lanes{});
+  Vec both = low_lanes<2>(a, b, Lanes{}) + high_lanes<2>(a, b, Lanes{});
+  if constexpr (kWidth >= 8) both += swap_lanes<4>(both, Lanes{});
+  if constexpr (kWidth >= 16) both += swap_lanes<8>(both, Lanes{});
+  return both;
+}
+
+// ---- the layer -----------------------------------------------------------------------------------
+
+// One row of any type as float32, padded with zeros to whole vectors.
+void to_floats(const FloatRows& in, int64_t row, int64_t first, int64_t count, float* out) {
+  by_dtype(in.dtype, [&](auto element) {
+    const auto* data = static_cast<const decltype(element)*>(in.data) + row * in.stride + first;
+    for_each_vec(count, [&](int64_t i, auto n) { store(out + i, load(data + i, n)); });
+  });
+}
+
+constexpr int64_t tile_floats(int64_t in) { return kTile * round_up(in, kSlice); }
+
+Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, float* scratch) {
+  const bool packed = rows > kMaxRows;
+  if (!packed && a.x.dtype == DType::float32 && a.in % kWidth == 0)
+    return {static_cast<const float*>(a.x.data) + row * a.x.stride, a.x.stride, kSlice, rows};
+  Tile tile{scratch, packed ? kSlice : round_up(a.in, kSlice), packed ? rows * kSlice : kSlice,
+            rows};
+  for (int64_t k = 0; k < a.in; k += kSlice)
+    for (int r = 0; r < rows; ++r)
+      to_floats(a.x, row + r, k, std::min(kSlice, a.in - k),
+                scratch + k / kSlice * tile.slice + r * tile.stride);
+  return tile;
+}
+
+// kChannels rows from `first` on; past the last one, that one again, whose results nobody stores.
+template <class T>
+void point(const T* (&rows)[kChannels], const void* data, int64_t stride, int64_t first,
+           int64_t count) {
+  for (int c = 0; c < kChannels; ++c)
+    rows[c] = static_cast<const T*>(data) + std::min(first + c, count - 1) * stride;
+}
+
+template <class Weights>
+Weights weights_at(const QuantizedLinear& a, int64_t first, float* scales) {
+  Weights w;
+  point(w.row, a.values, a.values_stride, first, a.out);
+  w.ahead = kChannels * a.values_stride * int64_t(sizeof *w.row[0]);
+  if constexpr (std::is_same_v<Weights, Int8Grouped> || std::is_same_v<Weights, Int4>) {
+    const BFloat16* stored[kChannels];
+    point(stored, a.scale, a.scale_stride, first, a.out);
+    const int64_t groups = a.in / a.group;
+    for (int c = 0; c < kChannels; ++c) {
+      float* out = scales + c * groups;
+      for_each_vec(groups, [&](int64_t i, auto n) { store(out + i, load(stored[c] + i, n), n); });
+      w.scale[c] = out;
+    }
+    w.shift = a.group == 64 ? 6 : 5;
+  }
+  return w;
+}
+
+// What is left to do for kChannels outputs once their inputs are summed.
+struct Finish {
+  Vec scale, bias;
+  float lora_scale;
+  int count;  // outputs that exist
+};
+
+Finish finish_at(const QuantizedLinear& a, int64_t first) {
+  Finish f{broadcast(1.f), Vec{}, a.rank ? a.lora_scale : 0.f,
+           int(std::min<int64_t>(kChannels, a.out - first))};
+  for (int c = 0; c < f.count; ++c) {
+    if (a.bias.data)
+      by_dtype(a.bias.dtype, [&](auto element) {
+        using T = decltype(element);
+        f.bias[c] = to_float(static_cast<const T*>(a.bias.data)[(first + c) * a.bias.stride]);
+      });
+    if (a.layout == WeightLayout::int8)
+      f.scale[c] = static_cast<const float*>(a.scale)[(first + c) * a.scale_stride];
+  }
+  return f;
+}
+
+// Not inlined, so that every row of every tile is rounded by the very same instructions.
+template <class T>
+[[gnu::noinline]] void finish_row(const Finish& f, const Vec* sums, const Vec* added, T* y) {
+  Vec total = fma(fold_channels(sums), f.scale, f.bias);
+  if (added) total = fma(fold_channels(added), broadcast(f.lora_scale), total);
+  store(y, total, f.count);
+}
+
+// What a thread works in.
+struct Room {
+  Room(float* data, const QuantizedLinear& a)
+      : unpacked(data), scales(data + kChannels * kSlice), b(scales + kQuads * quad_scales(a)) {}
+  static int64_t quad_scales(const QuantizedLinear& a) {
+    return a.group ? kChannels * (a.in / a.group) : 0;
+  }
+  static int64_t floats(const QuantizedLinear& a) {
+    return kChannels * (kSlice + round_up(a.rank, kWidth)) + kQuads * quad_scales(a);
+  }
+  float* unpacked;  // kChannels slices
+  float* scales;    // (kQuads * kChannels, groups)
+  float* b;         // (kChannels, rank), rank in whole vectors
+};
+
+// A tile of y for up to kQuads * kChannels outputs from `first` on; t is x A^T.
+template <class Weights, class T>
+void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t first, Room room,
+                 T* y) {
+  const int64_t rank = round_up(a.rank, kWidth), left = (a.out - first + kChannels - 1) / kChannels;
+  const int quads = int(std::min<int64_t>(kQuads, left));
+  Weights w[kQuads];
+  for (int q = 0; q < quads; ++q)
+    w[q] = weights_at<Weights>(a, first + q * kChannels, room.scales + q * Room::quad_scales(a));
+  Sums sums[kQuads], added;
+  sum_tile(w, quads, x, a.in, room.unpacked, sums);
+  for (int q = 0; q < quads; ++q) {
+    const int64_t channel = first + q * kChannels;
+    if (a.rank) {
+      Plain<float> b{};
+      for (int c = 0; c < kChannels; ++c) {
+        b.row[c] = room.b + c * rank;
+        to_floats(a.b, std::min(channel + c, a.out - 1), 0, a.rank, room.b + c * rank);
+      }
+      sum_tile(&b, 1, t, rank, room.unpacked, &added);
+    }
+    const Finish finish = finish_at(a, channel);
+    for (int r = 0; r < x.rows; ++r)
+      finish_row(finish, sums[q][r], a.rank ? added[r] : nullptr, y + r * a.out + channel);
+  }
+}
+
+// kChannels columns of t = x A^T from `first` on.
+void project(const QuantizedLinear& a, const Tile& x, int64_t first, float* unpacked, float* t) {
+  by_dtype(a.a.dtype, [&](auto element) {
+    using T = decltype(element);
+    Plain<T> w;
+    point(w.row, a.a.data, a.a.stride, first, a.rank);
+    w.ahead = kChannels * a.a.stride * int64_t(sizeof(T));
+    Sums sums;
+    sum_tile(&w, 1, x, a.in, unpacked, &sums);
+    Finish finish{broadcast(1.f), Vec{}, 0.f, int(std::min<int64_t>(kChannels, a.rank - first))};
+    for (int r = 0; r < x.rows; ++r)
+      finish_row(finish, sums[r], nullptr, t + r * round_up(a.rank, kWidth) + first);
+  });
+}
+
+template <class Weights, class T>
+void layer(const QuantizedLinear& a) {
+  constexpr int64_t kBlock = kQuads * kChannels, kTiles = kChunk / kTile;
+  const int64_t rank = round_up(a.rank, kWidth), blocks = (a.out + kBlock - 1) / kBlock;
+  const int64_t most = std::min(kTiles, (a.rows + kTile - 1) / kTile), width = tile_floats(a.in);
+  const int64_t low = (a.rank + kChannels - 1) / kChannels;
+  const int threads = threads_for(std::max(blocks, low), a.rows * a.in * a.out >= kGrain);
+  Scratch xs(most * width), ts(most * kTile * rank), own(Room::floats(a), threads);
+  std::fill_n(ts.data, most * kTile * rank, 0.f);
+  for (int64_t start = 0; start < a.rows; start += kChunk) {
+    const int64_t rows = std::min(kChunk, a.rows - start), tiles = (rows + kTile - 1) / kTile;
+    Tile x[kTiles], t[kTiles];
+#pragma omp parallel for num_threads(threads) if (rows * a.in >= kGrain)
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int count = int(std::min(kTile, rows - i * kTile));
+      x[i] = make_tile(a, start + i * kTile, count, xs.data + i * width);
+      t[i] = {ts.data + i * kTile * rank, rank, kSlice, count};
+    }
+#pragma omp parallel for num_threads(threads) if (rows * a.in * a.rank >= kGrain)
+    for (int64_t item = 0; item < tiles * low; ++item)
+      project(a, x[item / low], item % low * kChannels, own.own(),
+              ts.data + item / low * kTile * rank);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t block = 0; block < blocks; ++block)
+      for (int64_t i = 0; i < tiles; ++i)
+        layer_block<Weights>(a, x[i], t[i], block * kBlock, Room(own.own(), a),
+                             static_cast<T*>(a.y) + (start + i * kTile) * a.out);
+  }
+}
+
+}  // namespace
+
+void quantized_linear(const QuantizedLinear& a) {
+  if (a.rows == 0 || a.out == 0) return;
+  by_dtype(a.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (a.layout) {
+      case WeightLayout::float32: return layer<Plain<float>, T>(a);
+      case WeightLayout::bfloat16: return layer<Plain<BFloat16>, T>(a);
+      case WeightLayout::float16: return layer<Plain<Float16>, T>(a);
+      case WeightLayout::int8: return layer<Plain<int8_t>, T>(a);
+      case WeightLayout::int8_grouped: return layer<Int8Grouped, T>(a);
+      case WeightLayout::int4: return layer<Int4, T>(a);
+    }
+  });
+}
+
+}  // namespace fastft::FASTFT_ISA

@@ -1,0 +1,25 @@
+// Registers `quantized_linear` for the CPU.
+#include "cpu/quantized_linear.h"
+
+#include "quantized_linear_arguments.h"
+
+namespace fastft {
+namespace {
+
+Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalTensor bias,
+                        OptionalTensor low, OptionalTensor high, double lora_scale) {
+  QuantizedLinear a =
+      quantized_linear_argument(x, values, scale, bias, low, high, lora_scale);
+  Tensor y = empty_rows(x, a.rows, a.out);
+  a.y = y.data_ptr();
+  FASTFT_DISPATCH(quantized_linear(a));
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+}
+
+}  // namespace fastft
