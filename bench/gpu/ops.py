@@ -233,13 +233,19 @@ def kernels(session: Session, shape: Shape) -> Report:
         compare=False,
     )
     floors["fastft cross_entropy_in_place"] = Floor(bytes=2 * logits.numel() * size)
-    report = session.measure(sides, floor=floors)
-    table = operators()
+    chosen, table = set(sides), operators()
     served = {name: table[name[7:].split(",")[0]][here.device] for name in sides}
+    # Beside those that serve the operators: whichever is faster should take their place.
+    for name, (elements, _, *arguments) in work.items():
+        other = getattr(torch.ops.fastft_cuda, name.split(",")[0], None)
+        if other is not None and here.device == "cuda":
+            sides[f"CUDA C++ {name}"] = Side(partial(other, *arguments), compare=False)
+            floors[f"CUDA C++ {name}"] = Floor(bytes=elements * size)
+    report = session.measure(sides, floor=floors)
     report.notes += [f"{name} is the {by}" for name, by in served.items() if "reference" in by]
     every = Goal(
         "each at 85% of copy bandwidth",
-        lambda rows: len(rows) == len(sides) and all(r.share >= 0.85 for r in rows.values()),
+        lambda rows: chosen <= rows.keys() and all(rows[n].share >= 0.85 for n in chosen),
     )
     return report.judge(every)
 

@@ -100,16 +100,11 @@ def floor_of(model: nn.Module, shape: Shape, batch: dict, lora: bool, dtype) -> 
 class Steps:
     """One model, its optimizer and batch, and the sides that train it."""
 
-    def __init__(self, here: Here, shape: Shape, lora: bool, ragged: bool):
-        torch.manual_seed(0)
-        self.model = causal_lm(here, shape)
-        if lora:
-            self.model = with_lora(self.model)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], floor: Floor):
+        self.model, self.batch, self.floor = model, batch, floor
+        trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-        self.batch = batch_of(here, shape, ragged)
-        self.tokens = int(self.batch["attention_mask"].sum())
-        self.floor = floor_of(self.model, shape, self.batch, lora, here.dtype)
+        self.tokens = int(batch["attention_mask"].sum())
         # Enough to see a wrong gradient: it goes through every layer on its way to the first.
         self.told = [*trained[:4], *trained[-4:]]
 
@@ -136,6 +131,15 @@ class Steps:
         return report
 
 
+def causal_steps(here: Here, shape: Shape, lora: bool, ragged: bool) -> Steps:
+    torch.manual_seed(0)
+    model = causal_lm(here, shape)
+    if lora:
+        model = with_lora(model)
+    batch = batch_of(here, shape, ragged)
+    return Steps(model, batch, floor_of(model, shape, batch, lora, here.dtype))
+
+
 def patched(model: nn.Module, report: Report | None = None) -> nn.Module:
     """A copy that shares the weights, patched."""
     model = sharing(model)
@@ -150,8 +154,12 @@ def patched(model: nn.Module, report: Report | None = None) -> nn.Module:
 
 def step(session: Session, shape: Shape, lora: bool, ragged: bool, compiled: bool) -> Report:
     here, shape = session.here, shape.here(session.here)
-    work = Steps(here, shape, lora, ragged)
-    told = Report()
+    return compare(session, causal_steps(here, shape, lora, ragged), compiled)
+
+
+def compare(session: Session, work: Steps, compiled: bool) -> Report:
+    """eager, or its compiled form, against fastft."""
+    here, told = session.here, Report()
     sides = {"eager": work.side(work.model), "fastft": work.side(patched(work.model, told))}
     if compiled:
         model = sharing(work.model)
@@ -168,7 +176,7 @@ def step_beside_liger(session: Session, shape: Shape, lora: bool, ragged: bool) 
     """liger-kernel after fastft: its ratio is that of the medians."""
     here, shape = session.here, shape.here(session.here)
     peers.need(here, "liger-kernel")
-    work = Steps(here, shape, lora, ragged)
+    work = causal_steps(here, shape, lora, ragged)
     ours = patched(work.model)
     report = work.measure(session, {"fastft": work.side(ours)})
     fastft.unpatch(ours)

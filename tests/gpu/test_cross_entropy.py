@@ -19,6 +19,9 @@ from ops.test_cross_entropy import (
     test_the_kernels_agree_with_the_reference_on_a_logit_scale,
     test_without_labels_the_loss_is_zero,
 )
+from truth import assert_close
+
+from fastft.ops import cross_entropy as fastft_losses
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -58,3 +61,35 @@ def test_a_label_outside_the_vocabulary_is_never_read_wildly(wrong):
         assert loss.isnan()
     labels[3] = 0
     assert losses.fused(*args, labels, {}).isfinite()
+
+
+@pytest.mark.parametrize("dtype", suite.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 40), (6, 50_257), (3, 128_256)])
+@pytest.mark.parametrize("numbers", [[0.0, 0.0, 1.0], [0.1, 8.0, 0.7]], ids=["plain", "all"])
+def test_the_cuda_kernels_agree_with_the_reference(device, shape, numbers, dtype):
+    """`fastft_cuda::` stands beside what serves the operators: the same contract."""
+    if device != "cuda" or not torch._C._dispatch_has_kernel("fastft_cuda::cross_entropy"):
+        pytest.skip("CUDA C++ is not built here")
+    logits = (3 * torch.randn(shape)).to(dtype)
+    labels = torch.randint(0, shape[1], shape[:1])
+    labels[1] = -100
+    weight = torch.rand(shape[1]) + 0.5 if numbers[0] else None
+    dlosses = torch.randn(shape[:1])
+    ours = torch.ops.fastft_cuda
+    arguments = labels, weight, -100, numbers
+    truth = fastft_losses._cross_entropy.reference(logits.double(), *arguments)
+    eager = fastft_losses._cross_entropy.reference(logits, *arguments)
+    got = ours.cross_entropy(logits, *arguments)
+    assert_close(got[0], eager[0], truth[0], "losses")
+    truth_grad, eager_grad = (
+        fastft_losses._cross_entropy_backward.reference(
+            dlosses, z, labels, weight, stats, -100, numbers
+        )
+        for z, stats in ((logits.double(), truth[1]), (logits, eager[1]))
+    )
+    grad = ours.cross_entropy_backward(dlosses, logits, labels, weight, got[1], -100, numbers)
+    assert_close(grad, eager_grad, truth_grad, "gradient")
+    for _ in range(2):
+        own = logits.clone()
+        both = ours.cross_entropy_in_place(own, labels, weight, dlosses, -100, numbers)
+        assert torch.equal(both, got[0]) and torch.equal(own, grad)
