@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_onto import lora_onto
-from fastft.patch.swap import is_hooked, original_forward, swap_of
+from fastft.patch.swap import has_own_forward, is_hooked, original_forward
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -63,7 +63,7 @@ def why_not(module: nn.Module) -> str | None:
             return f"dropout of type {type(module.lora_dropout[active[0]]).__name__}"
         if any(type(part) is not nn.Linear for part in parts[1:]):
             return "adapter factors that are not nn.Linear: PEFT's own path"
-    if any(is_hooked(part) or "forward" in part.__dict__ for part in parts):
+    if any(is_hooked(part) or has_own_forward(part) for part in parts):
         return "hooks on its parts: PEFT's own path"
     return None
 
@@ -71,9 +71,9 @@ def why_not(module: nn.Module) -> str | None:
 def as_lora_linear(module: nn.Module) -> LoraLinear | None:
     """A plain or LoRA linear layer as the operators take it; None if it must run by itself."""
     if type(module) is nn.Linear:
-        return None if "forward" in module.__dict__ else LoraLinear(module.weight, module.bias)
+        return None if has_own_forward(module) else LoraLinear(module.weight, module.bias)
     if _is_conv1d(module):
-        if "forward" in module.__dict__:
+        if has_own_forward(module):
             return None
         return LoraLinear(module.weight, module.bias, transposed=True)
     if not is_candidate(module) or why_not(module) is not None:
@@ -115,6 +115,6 @@ def forward(module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
 def child(parent: nn.Module, name: str) -> LoraLinear | None:
     """A child that a fused unit may read directly: no hooks, no forward but ours or its class's."""
     module = getattr(parent, name)
-    if is_hooked(module) or ("forward" in module.__dict__ and swap_of(module) is None):
+    if is_hooked(module) or has_own_forward(module):
         return None
     return as_lora_linear(module)

@@ -72,12 +72,14 @@ class _Patcher:
         from fastft.patch import causal_lm, gated_mlp, heads, linear, lora, norm
 
         modules = list(model.modules())
+        # The linears of a LoRA layer are its own to call.
+        parts = {part for m in modules if _is_lora(m) for part in m.modules()}
         for module in modules:
             if norm.is_candidate(module):
                 self.try_swap(module, "norm", norm, lambda options: options.raw)
             elif gated_mlp.is_candidate(module):
                 self.try_swap(module, "gated_mlp", gated_mlp, lambda options: "gated_mlp")
-            elif linear.is_candidate(module):
+            elif linear.is_candidate(module) and module not in parts:
                 self.try_swap(module, "linear", linear, lambda _: "linear")
             elif lora.is_candidate(module):
                 self.swap_lora(module)

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from launching import DTYPES, call, pointer
+from launching import DTYPES, call, far, pointer
 from same import assert_same
 
 from fastft.ops import cross_entropy as op
@@ -183,3 +183,21 @@ def test_every_block_is_launched_once(launchers):
         stats = op._cross_entropy.reference(logits, labels, None, IGNORED, PLAIN)[1]
         grad = launchers.backward(torch.ones(rows), logits, labels, None, stats, IGNORED, PLAIN)
         torch.testing.assert_close(grad.sum(1), torch.zeros(rows), atol=1e-5, rtol=0)
+
+
+def test_rows_beyond_2_to_the_31_elements(launchers):
+    logits, labels, _ = batch(3, 1000, torch.float16)
+    labels[:] = torch.tensor([3, 999, 0])
+    distant = far(logits)
+    wanted = launchers.forward(logits, labels, None, IGNORED, PLAIN)
+    for a, b in zip(launchers.forward(distant, labels, None, IGNORED, PLAIN), wanted, strict=True):
+        assert torch.equal(a, b)
+    dlosses, stats = torch.ones(3), wanted[1]
+    rest = labels, None, stats, IGNORED, PLAIN
+    grad = launchers.backward(dlosses, logits, *rest)
+    assert torch.equal(launchers.backward(dlosses, distant, *rest), grad)
+    launchers._launch(
+        "both", distant, labels, None, None, IGNORED, PLAIN,
+        losses=torch.empty(3), dlogits=distant,
+    )  # fmt: skip
+    assert torch.equal(distant, grad)

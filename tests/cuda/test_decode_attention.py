@@ -2,7 +2,7 @@ import ctypes
 
 import pytest
 import torch
-from launching import DTYPES, call, pointer
+from launching import DTYPES, call, far, pointer
 from same import assert_same
 
 from fastft.ops.decode_attention import _decode_attention
@@ -169,3 +169,12 @@ def test_lengths_beyond_the_cache_are_clamped(attend):
     wild = torch.tensor([1000, -5], dtype=torch.int32)
     wanted = attend(query, key, value, torch.tensor([130, 0], dtype=torch.int32))
     assert same_bits(attend(query, key, value, wild), wanted) and wanted[1].eq(0).all()
+
+
+def test_caches_beyond_2_to_the_31_elements(attend):
+    query, key, value, lengths = inputs(torch.float16, [70, 1, 33], 2, 4, 2, 32)
+    wanted = attend(query, key, value, lengths)
+    assert same_bits(attend(query, far(key), far(value), lengths), wanted)
+    # Heads far apart too.
+    by_head = (far(x.transpose(0, 1)).transpose(0, 1) for x in (key, value))
+    assert same_bits(attend(query, *by_head, lengths), wanted)
