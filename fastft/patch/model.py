@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from fastft.patch.confirm import Unlike
@@ -23,7 +24,9 @@ def patch(model: nn.Module) -> Report:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     parameter = next(model.parameters(), None)
     report = Report(parameter.device.type if parameter is not None else "cpu")
-    _Patcher(report).run(model)
+    # Trials make their tensors on the CPU, or name a device, whatever default the caller has set.
+    with torch.device("cpu"):
+        _Patcher(report).run(model)
     return report
 
 

@@ -283,6 +283,16 @@ def test_ways_of_training(name, train):
     assert_same(step(model, inputs), wanted, 5e-5)
 
 
+def test_whatever_the_default_device_is():
+    model, other = encoder("bert", "MaskedLM"), encoder("bert", "MaskedLM")
+    wanted = fastft.patch(other)
+    torch.set_default_device("meta")
+    try:
+        assert str(fastft.patch(model)) == str(wanted)
+    finally:
+        torch.set_default_device(None)
+
+
 def test_verify():
     model, inputs = encoder("roberta", "TokenClassification"), batch("TokenClassification")
     found = fastft.verify(model, inputs)
