@@ -70,7 +70,7 @@ def note(text: str) -> None:
     print(f"fastft: {text}", file=sys.stderr)
 
 
-def cuda_architectures(torch) -> list[str]:
+def cuda_architectures(torch, nvcc: str | None) -> list[str]:
     """As TORCH_CUDA_ARCH_LIST says; else, for a CUDA torch, this machine's GPUs, else all usual."""
     asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
     if asked != [""]:
@@ -83,7 +83,7 @@ def cuda_architectures(torch) -> list[str]:
     if torch.version.cuda is None:
         return []
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return [f"{major}.{minor}" for major, minor in sorted(found)] or CUDA_ARCHITECTURES
+    return [f"{major}.{minor}" for major, minor in sorted(found)] or usual_architectures(nvcc)
 
 
 def find_nvcc() -> str | None:
@@ -92,6 +92,28 @@ def find_nvcc() -> str | None:
     homes += ["/usr/local/cuda", *(f"{path}/nvidia/cu13" for path in sys.path)]
     paths = [f"{home}/bin" for home in homes]
     return shutil.which("nvcc", path=os.pathsep.join([*paths[:1], os.environ["PATH"], *paths[1:]]))
+
+
+def why_no_cuda(torch, nvcc: str | None) -> str | None:
+    """Why the kernels cannot be built for this torch; None where they can."""
+    if nvcc is None:
+        return "no nvcc"
+    if torch.version.cuda is None:
+        return None
+    # The runtime that is linked in needs a driver of its own major version, as torch's does.
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    major = re.search(r"release (\d+)", told)[1]
+    if major != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {major} and torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def usual_architectures(nvcc: str | None) -> list[str]:
+    """Of CUDA_ARCHITECTURES, those that this nvcc knows."""
+    if nvcc is None:
+        return CUDA_ARCHITECTURES
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [a for a in CUDA_ARCHITECTURES if gencode(a)[0].rpartition("code=")[2] in known]
 
 
 def toolkit(nvcc: str) -> str:
@@ -135,9 +157,11 @@ def extension_and_command(torch, cpp_extension) -> dict:
             "`fastft doctor` shows what is missing."
         )
         return {}
-    architectures, nvcc = cuda_architectures(torch), find_nvcc()
-    if architectures and nvcc is None:
-        note("no nvcc: installing without the CUDA C++ kernels; Triton's serve what they can.")
+    nvcc = find_nvcc()
+    architectures = cuda_architectures(torch, nvcc)
+    missing = why_no_cuda(torch, nvcc) if architectures else None
+    if missing:
+        note(f"{missing}: installing without the CUDA C++ kernels; Triton's serve what they can.")
         architectures = []
     libraries = toolkit(nvcc) if architectures else ""
     extension = cpp_extension.CppExtension(

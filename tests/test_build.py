@@ -7,6 +7,7 @@ import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_cuda import nvcc
@@ -129,6 +130,37 @@ def test_cuda_kernels_are_built_where_asked_and_load_without_cuda(tree):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     subprocess.run([sys.executable, "-c", NO_CUDA], cwd=tree, check=True)
+
+
+@pytest.mark.parametrize(
+    "cuda, nvcc, why",
+    [
+        ("13.0", None, "no nvcc"),
+        ("13.2", "release 13.0, V13.0.88", None),
+        ("12.6", "release 13.0, V13.0.88", "nvcc is of CUDA 13 and torch of CUDA 12.6"),
+        (None, "release 13.0, V13.0.88", None),
+    ],
+)
+def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(tmp_path, cuda, nvcc, why):
+    """Its runtime would ask for a driver that torch does not need."""
+    source = (ROOT / "setup.py").read_text().replace("setup(**native_parts())", "")
+    names = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(source, "setup.py", "exec"), names)
+    path = tmp_path / "nvcc"
+    path.write_text(f"#!/bin/sh\necho '{nvcc}'\n")
+    path.chmod(0o755)
+    torch = SimpleNamespace(version=SimpleNamespace(cuda=cuda))
+    assert names["why_no_cuda"](torch, nvcc and str(path)) == why
+
+
+def test_usual_architectures_are_those_the_compiler_knows(tmp_path):
+    source = (ROOT / "setup.py").read_text().replace("setup(**native_parts())", "")
+    names = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(source, "setup.py", "exec"), names)
+    path = tmp_path / "nvcc"
+    path.write_text("#!/bin/sh\necho sm_80 sm_90 sm_120\n")
+    path.chmod(0o755)
+    assert names["usual_architectures"](str(path)) == ["8.0", "9.0", "12.0+PTX"]
 
 
 def test_architectures_that_are_none_end_in_one_sentence(tree):

@@ -66,6 +66,9 @@ class _Linear(torch.autograd.Function):
 
 def _wins(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the faster library is another one than torch.nn.functional.linear's."""
+    plain = (Tensor, torch.nn.Parameter)
+    if type(x) not in plain or type(weight) not in plain or x.layout is not torch.strided:
+        return False  # a subclass may have a product of its own
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False  # torch's function says what is wrong
     if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):

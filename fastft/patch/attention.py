@@ -101,8 +101,10 @@ def _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs):
             scores.shape[3] - scores.shape[2]
         )
     if attention_mask is not None:
-        blocked = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
-        scores = scores.masked_fill(blocked, torch.finfo(scores.dtype).min)
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     dropped = nn.functional.dropout(weights, dropout)
     return (dropped @ value).transpose(1, 2).contiguous(), weights

@@ -37,6 +37,7 @@ class Loss:
     names_problem: bool = False  # the forward writes config.problem_type
     takes_cache: bool = False  # the forward has an argument use_cache
     per_place: bool = False  # every place has its own label
+    reads_padding: bool = False  # its scores depend on padded places, which must be computed
     remark: str = "over num_items_in_batch (transformers#47688)"
 
 
@@ -59,22 +60,34 @@ def base_of(module) -> nn.Module:
 def forward(module, *args, **kwargs):
     arguments = padding.bind(module, args, kwargs)
     num_items, labels = arguments.pop("num_items_in_batch", None), arguments.get("labels")
-    if module._fastft_swap.options.takes_cache and arguments.get("use_cache") is None:
+    options = module._fastft_swap.options
+    if (
+        options.takes_cache
+        and arguments.get("use_cache") is None
+        and _returns_dict(module, arguments)
+    ):
         arguments["use_cache"] = False  # nothing is generated from here, and a cache keeps padding
+    if "_loss_function" in vars(module):  # set by the user: what it means is not known
+        arguments |= {} if num_items is None else {"num_items_in_batch": num_items}
+        labels = None
     if labels is None:
         spans = arguments.get("start_positions") is not None  # softmax over all places of a row
-        with kept() if spans else nullcontext():
+        with kept() if spans or options.reads_padding else nullcontext():
             return original_forward(module)(**arguments)
-    if torch.compiler.is_compiling() or not _labels_padding(module, labels, arguments):
+    if torch.compiler.is_compiling() or not (
+        options.reads_padding or _labels_padding(module, labels, arguments)
+    ):
         return _forward(module, arguments, labels, num_items)
     with kept():
         return _forward(module, arguments, labels, num_items)
 
 
 def _forward(module, arguments: dict, labels: Tensor, num_items):
-    returns_dict = arguments.get("return_dict")
-    returns_dict = module.config.return_dict if returns_dict is None else returns_dict
-    if torch.compiler.is_compiling() or not returns_dict or not _takes_classes(module, labels):
+    if (
+        torch.compiler.is_compiling()
+        or not _returns_dict(module, arguments)
+        or not _takes_classes(module, labels)
+    ):
         return _over_items(original_forward(module)(**arguments), labels, num_items)
     del arguments["labels"]
     if module._fastft_swap.options.names_problem and module.config.problem_type is None:
@@ -88,10 +101,17 @@ def _forward(module, arguments: dict, labels: Tensor, num_items):
     return type(output)(**{k: output.get(k) for k in output.__dataclass_fields__})
 
 
+def _returns_dict(module, arguments: dict) -> bool:
+    asked = arguments.get("return_dict")
+    return module.config.return_dict if asked is None else asked
+
+
 def _labels_padding(module, labels: Tensor, arguments: dict) -> bool:
     """Padded places that have labels count in the model's own loss: they must be computed."""
     mask = arguments.get("attention_mask")
-    if not module._fastft_swap.options.per_place or mask is None or mask.shape != labels.shape:
+    if not module._fastft_swap.options.per_place or not isinstance(mask, Tensor):
+        return False
+    if mask.shape != labels.shape:
         return False
     found = bool(((labels != _IGNORED) & (mask == 0).to(labels.device)).any())
     if found:
@@ -130,15 +150,16 @@ def _selects(module, labels: Tensor) -> bool:
         and torch.is_grad_enabled()
         and swap_of(base) is not None
         and swap_of(base).active
+        and base._compiled_call_impl is None
         and not is_hooked(base)
     )
 
 
 def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
     chosen = (labels != _IGNORED).flatten().nonzero().flatten()
-    selection = Selection(chosen)
+    selection, own = Selection(chosen), original_forward(module)
     with during(selection=selection):
-        output = original_forward(module)(**arguments)
+        output = own(**arguments)
     if selection.output is None:  # asked for a tuple, or for what a packed forward cannot give
         raise RuntimeError("the base model did not run through its patched forward")
     flat = output.logits.view(-1, output.logits.shape[-1])
@@ -146,7 +167,7 @@ def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
 
     def logits() -> Tensor:
         with during(selection=Selection(None, selection.output)):
-            return original_forward(module)(**arguments).logits
+            return own(**arguments).logits
 
     lazy = LazyLogits(
         logits, (*labels.shape, flat.shape[-1]), flat.dtype, flat.device, loss.requires_grad
@@ -157,7 +178,11 @@ def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
 
 def recognise(module) -> Loss:
     """Runs the head as it is on a few tokens; Unlike where its loss is none of the known ones."""
-    parameters = inspect.signature(type(module).forward).parameters
+    function = type(module).forward
+    if not function.__module__.startswith("transformers."):
+        # Two rows cannot tell what else a loss of somebody's own depends on.
+        raise Unlike("loss kept: the forward is not one of transformers'")
+    parameters = inspect.signature(function).parameters
     if "start_positions" in parameters:
         return Loss(False, remark="padding computed while training: the loss counts it")
     if "labels" not in parameters:
@@ -168,7 +193,12 @@ def recognise(module) -> Loss:
         if before["pad_token_id"] is None:
             config.pad_token_id = 0
         with undisturbed(), torch.no_grad(), padding.evaluating(module), switched_off(module):
-            return replace(_recognise(module), takes_cache="use_cache" in parameters)
+            found = replace(_recognise(module), takes_cache="use_cache" in parameters)
+        with undisturbed(), torch.no_grad(), padding.evaluating(module):
+            if swap_of(base_of(module)) is None or not _reads_padding(module):
+                return found
+        told = f"{found.remark}; padding kept: it reads padded places"
+        return replace(found, reads_padding=True, remark=told)
     except Unlike:
         raise
     except Exception as error:  # the forward of an unknown architecture
@@ -217,6 +247,35 @@ def _recognise(module) -> Loss:
     if not relative(both, sum(each) / 2) <= _limit(logits):
         raise Unlike("loss kept: it is not the mean over its rows")
     return Loss(False)
+
+
+def _reads_padding(module) -> bool:
+    """Whether the head's scores change where padding is left out."""
+    weight = module.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, weight.shape[0], (4, 7), generator=generator).to(weight.device)
+    mask = (torch.arange(7) < torch.tensor([[4], [7], [2], [5]])).long().to(weight.device)
+    # So that a head that looks for its last token finds the one that the mask has.
+    ids = torch.where(mask.bool(), ids.clamp(1), 0)
+    module.config.pad_token_id, before = 0, module.config.pad_token_id
+    if module.__class__.__name__.endswith("MultipleChoice"):
+        ids, mask = ids.view(2, 2, 7), mask.view(2, 2, 7)
+    extra = (
+        {"use_cache": False}
+        if "use_cache" in inspect.signature(type(module).forward).parameters
+        else {}
+    )
+    try:
+        got = type(module).forward(module, input_ids=ids, attention_mask=mask, **extra).logits
+        with kept():
+            wanted = (
+                type(module).forward(module, input_ids=ids, attention_mask=mask, **extra).logits
+            )
+    finally:
+        module.config.pad_token_id = before
+    if got.shape[:2] == mask.shape and got.dim() == 3:
+        got, wanted = got[mask.bool()], wanted[mask.bool()]
+    return not relative(got, wanted) <= _limit(wanted)
 
 
 def _works_by_place(module, ids: Tensor, logits: Tensor) -> bool:

@@ -25,8 +25,14 @@ def patch(model: nn.Module) -> Report:
     parameter = next(model.parameters(), None)
     report = Report(parameter.device.type if parameter is not None else "cpu")
     # Trials make their tensors on the CPU, or name a device, whatever default the caller has set.
-    with torch.device("cpu"):
-        _Patcher(report).run(model)
+    was_patched = any(swap_of(module) is not None for module in model.modules())
+    try:
+        with torch.device("cpu"):
+            _Patcher(report).run(model)
+    except BaseException:
+        if not was_patched:  # half a patch is worse than none
+            unpatch(model)
+        raise
     return report
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastft.patch.attention import NAME
 from fastft.patch.confirm import Unlike, relative, undisturbed
 from fastft.patch.packing import Packing, during, in_force, keeps_padding, kept, selection
 from fastft.patch.swap import original_forward, swap, swap_of, switched_off, undo
@@ -55,7 +56,10 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
     config = module.config
     use_cache = arguments.get("use_cache")
     if (
-        not isinstance(mask, Tensor)
+        config._attn_implementation
+        != NAME  # chosen anew since: it would let the rows see each other
+        or _changes_embeddings(module)
+        or not isinstance(mask, Tensor)
         or not isinstance(tokens, Tensor)
         or mask.dim() != 2
         or mask.shape != tokens.shape[:2]
@@ -74,6 +78,12 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
     if packing is not None and getattr(config, "sliding_window", None) and packing.has_gaps():
         return None
     return packing
+
+
+def _changes_embeddings(module) -> bool:
+    """A hook on the embeddings may look at how long the rows are, as NEFTune's noise does."""
+    hooks = module.get_input_embeddings()._forward_hooks.values()
+    return any("make_inputs_require_grad" not in getattr(h, "__qualname__", "") for h in hooks)
 
 
 def asks(arguments: dict, config, name: str) -> bool:
@@ -237,13 +247,23 @@ def _try(module: nn.Module) -> tuple:
     weight = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
 
+    causal = module._fastft_swap.options.causal
+    # Rows ending in padding, full, and with a gap; a causal model's also beginning with padding.
+    rows = [[1, 1, 1, 1, 1, 0, 0], [1] * 7, [1, 1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
+    if getattr(module.config, "sliding_window", None):
+        rows[2] = rows[1]  # a gap keeps the padding there
+    mask = torch.tensor(rows if causal else rows[:3], device=weight.device)
+    special = [v for k, v in module.config.to_dict().items() if k.endswith("_token_id")]
+    special = [v for v in special if isinstance(v, int) and 0 <= v < weight.shape[0]]
+
     def tokens():
-        return torch.randint(0, weight.shape[0], (2, 7), generator=generator).to(weight.device)
+        ids = torch.randint(0, weight.shape[0], mask.shape, generator=generator)
+        ids[0, : len(special[:5])] = torch.tensor(special[:5], dtype=ids.dtype)
+        return ids.to(weight.device)
 
     first, second = tokens(), tokens()
     second[0] = first[0]
-    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7], device=weight.device)
-    inputs = {"attention_mask": mask, "use_cache": False}
+    inputs = {"attention_mask": mask, "use_cache": False, "return_dict": True}
     config, ours = module.config, module.config._attn_implementation
     # Asked of the attention modules: a head above may share the configuration and came first.
     before = (vars(child).get("_fastft_attention") for child in module.modules())

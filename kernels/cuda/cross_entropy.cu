@@ -38,15 +38,18 @@ __device__ __forceinline__ int inside(int64_t vocab, int64_t p) {
   return left < Pack<T>::size ? int(left) : Pack<T>::size;
 }
 
+// As the words that were loaded: taking elements out of them waits for the load, and is left to
+// whoever uses them. What lies outside the row is 0.
 template <class T>
-__device__ __forceinline__ Pack<T> read(const Row<T>& row, int64_t vocab, int64_t p) {
+__device__ __forceinline__ uint4 read(const Row<T>& row, int64_t vocab, int64_t p) {
   const T* from = row.logits + p * Pack<T>::size;
-  if (inside<T>(vocab, p) == Pack<T>::size) return load(from, row.aligned);
+  if (row.aligned && inside<T>(vocab, p) == Pack<T>::size)
+    return *reinterpret_cast<const uint4*>(from);
   Pack<T> pack;
 #pragma unroll
   for (int i = 0; i < Pack<T>::size; ++i)
-    pack.item[i] = i < inside<T>(vocab, p) ? from[i] : from_float<T>(-INFINITY);
-  return pack;
+    pack.item[i] = i < inside<T>(vocab, p) ? from[i] : from_float<T>(0.f);
+  return bit_cast<uint4>(pack);
 }
 
 template <class T>
@@ -65,7 +68,7 @@ __device__ __forceinline__ float seen(const CrossEntropy& a, float u, float& t) 
   float z = u * a.logit_scale;
   if (kGeneral && a.softcap != 0.f) {
     t = tanhf(z / a.softcap);
-    return u == -INFINITY ? u : a.softcap * t;
+    return a.softcap * t;
   }
   return z;
 }
@@ -73,8 +76,9 @@ __device__ __forceinline__ float seen(const CrossEntropy& a, float u, float& t) 
 // The gradient of one pack, written.
 template <class T, bool kGeneral>
 __device__ __forceinline__ void write_gradient(const CrossEntropy& a, const Row<T>& row,
-                                               Pack<T> pack, int64_t p, float maximum, float mass,
+                                               uint4 words, int64_t p, float maximum, float mass,
                                                float own, float upstream) {
+  Pack<T> pack = bit_cast<Pack<T>>(words);
   float spread = kGeneral ? a.label_smoothing / float(a.vocab) : 0.f;
   int64_t first = p * Pack<T>::size;
 #pragma unroll
@@ -121,7 +125,7 @@ struct Factors {
 template <class T, bool kGeneral, bool kGradient>
 __global__ void __launch_bounds__(kThreads, 2) row_kernel(const CrossEntropy a, int kept_packs) {
   FASTFT_SHARED(shared);
-  Pack<T>* kept = reinterpret_cast<Pack<T>*>(shared);
+  uint4* kept = reinterpret_cast<uint4*>(shared);
   const int64_t packs = (a.vocab + Pack<T>::size - 1) / Pack<T>::size;
   const int64_t index = blockIdx.x;
   const Row<T> row(a, index);
@@ -139,19 +143,21 @@ __global__ void __launch_bounds__(kThreads, 2) row_kernel(const CrossEntropy a, 
   // Sums of differences from a logit of the row lose less than sums of the logits.
   const float origin = fabsf(own) < INFINITY ? own : 0.f;
   float maximum = kLowest, total = 0.f, rest = 0.f;
-  Pack<T> next;
+  uint4 next = {};
   if (threadIdx.x < packs) next = read(row, a.vocab, threadIdx.x);
   for (int64_t p = threadIdx.x; p < packs; p += blockDim.x) {
     // The next read is under way while this pack is worked on.
-    Pack<T> pack = next;
+    const uint4 words = next;
     if (p + blockDim.x < packs) next = read(row, a.vocab, p + blockDim.x);
-    if (kGradient && p < kept_packs) kept[p] = pack;
+    if (kGradient && p < kept_packs) kept[p] = words;
+    const Pack<T> pack = bit_cast<Pack<T>>(words);
     float z[Pack<T>::size], highest = maximum;
 #pragma unroll
     for (int i = 0; i < Pack<T>::size; ++i) {
-      z[i] = seen<kGeneral>(a, to_float(pack.item[i]), t);
+      const bool in = i < inside<T>(a.vocab, p);
+      z[i] = in ? seen<kGeneral>(a, to_float(pack.item[i]), t) : -INFINITY;
       highest = fmaxf(highest, z[i]);
-      if (kGeneral && a.label_smoothing != 0.f && i < inside<T>(a.vocab, p))
+      if (kGeneral && a.label_smoothing != 0.f && in)
         rest += (z[i] - origin) * (a.weight ? a.weight[p * Pack<T>::size + i] : 1.f);
     }
     total *= expf(maximum - highest);
@@ -177,8 +183,8 @@ __global__ void __launch_bounds__(kThreads, 2) row_kernel(const CrossEntropy a, 
   if (!kGradient) return;
   const Factors<kGeneral> f(a, index, row.label, total);
   for (int64_t p = threadIdx.x; p < packs; p += blockDim.x) {
-    Pack<T> pack = p < kept_packs ? kept[p] : read(row, a.vocab, p);
-    write_gradient<T, kGeneral>(a, row, pack, p, row_maximum, f.mass, f.own, f.upstream);
+    const uint4 words = p < kept_packs ? kept[p] : read(row, a.vocab, p);
+    write_gradient<T, kGeneral>(a, row, words, p, row_maximum, f.mass, f.own, f.upstream);
   }
 }
 
@@ -193,12 +199,16 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const CrossEntrop
   const float maximum = a.stats[2 * index], total = a.stats[2 * index + 1];
   const Factors<kGeneral> f(a, index, row.kept ? row.label : 0, total);
   int64_t p = int64_t(blockIdx.x % pieces) * kPacksOfThread * blockDim.x + threadIdx.x;
+  // All reads before the first write, which might be to where the next read is from.
+  uint4 words[kPacksOfThread] = {};
+#pragma unroll
+  for (int i = 0; i < kPacksOfThread; ++i)
+    if (row.kept && p + i * blockDim.x < packs) words[i] = read(row, a.vocab, p + i * blockDim.x);
 #pragma unroll
   for (int i = 0; i < kPacksOfThread; ++i, p += blockDim.x) {
     if (p >= packs) return;
     if (row.kept)
-      write_gradient<T, kGeneral>(a, row, read(row, a.vocab, p), p, maximum, f.mass, f.own,
-                                  f.upstream);
+      write_gradient<T, kGeneral>(a, row, words[i], p, maximum, f.mass, f.own, f.upstream);
     else
       write_constant(a, row, p, row.wrong ? NAN : 0.f);
   }
@@ -228,10 +238,12 @@ cudaError_t launch_rows(const CrossEntropy& a, cudaStream_t stream) {
     // Half of a multiprocessor's, less what the system and the reductions of a block take.
     int64_t limit = (of_processor / 2 - 2048) / 16 * 16;
     bytes = packs * 16 < limit ? packs * 16 : limit;
-    if (bytes > 48 * 1024)
+    // What a launch may have unasked for is less than 48 KB by its static memory. Asked for is the
+    // device's limit, the same for every row: another thread's launch must not lower ours.
+    if (bytes > 40 * 1024)
       if (cudaError_t error = cudaFuncSetAttribute(
               reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-              int(bytes)))
+              int(limit)))
         return error;
   }
   FASTFT_LAUNCH(kernel, dim3(unsigned(a.rows)), dim3(threads_for(packs)), size_t(bytes), stream, a,

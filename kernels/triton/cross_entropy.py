@@ -31,12 +31,12 @@ BLOCK = 4096
 @triton.jit
 def _read(row, columns, inside, scale, softcap, SOFTCAP: tl.constexpr):
     """Logits as the loss sees them, those outside as -inf; and their tanh, where capped."""
-    z = tl.load(row + columns, mask=inside, other=float("-inf")).to(tl.float32) * scale
+    z = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32) * scale
     t = z
     if SOFTCAP:
         t = tanh(z / softcap)
-        z = tl.where(inside, softcap * t, float("-inf"))
-    return z, t
+        z = softcap * t
+    return tl.where(inside, z, float("-inf")), t
 
 
 @triton.jit

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -26,7 +27,8 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define FASTFT_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  emulator::launch(grid, block, shared, [&] { kernel(__VA_ARGS__); })
+  emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared, \
+                   [&] { kernel(__VA_ARGS__); })
 #define FASTFT_SHARED(name) char* name = emulator::shared()
 
 struct dim3 {
@@ -152,10 +154,17 @@ inline void run_block(size_t shared_bytes) {
   } while (release_block());
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
+// What kernels were allowed by cudaFuncSetAttribute.
+inline std::map<const void*, int> allowed;
+
+inline void launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes,
+                   std::function<void()> kernel) {
+  // 48 KB unasked for, of which static memory, unknown here, takes its part.
+  size_t limit = allowed.count(function) ? size_t(allowed[function]) : (48 << 10) - 1024;
   size_t threads = size_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > size_t(shared_of_processor)) {
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > size_t(shared_of_processor) ||
+      shared_bytes > limit) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
@@ -212,7 +221,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : emulator::shared_of_processor;
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void* function, int, int value) {
+  return emulator::allowed[function] = value, cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() {
   cudaError_t error = emulator::last_error;
   return emulator::last_error = cudaSuccess, error;

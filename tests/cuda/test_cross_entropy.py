@@ -161,6 +161,24 @@ def test_a_row_has_the_same_bits_anywhere(launchers):
     assert losses[[0, 1, 3, 4]].eq(alone).all()
 
 
+@pytest.mark.parametrize("numbers", [[0.0, 8.0, 1.0], [0.1, 8.0, -0.5], [0.0, 0.0, -1.0]], ids=str)
+def test_infinity_under_a_softcap_and_negative_scales(launchers, numbers):
+    """A cap makes a finite logit of an infinite one, and what lies behind a row's end is none."""
+    logits = torch.randn(3, 37)
+    if numbers[1]:
+        logits[0, 3:9], logits[1, 5] = float("-inf"), float("-inf")
+    labels = torch.tensor([0, 5, 36])
+    weight = torch.rand(37) + 0.5
+    assert_same(launchers.both, Both, (logits, labels, weight, None, IGNORED, numbers))
+    assert launchers.both(logits, labels, weight, None, IGNORED, numbers)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [24500, 30522])
+def test_rows_that_need_more_shared_memory_than_comes_unasked_for(launchers, vocab):
+    logits, labels, _ = batch(1, vocab, torch.float16)
+    assert_same(launchers.both, Both, (logits, labels, None, None, IGNORED, PLAIN))
+
+
 def test_wrong_labels_and_odd_values(launchers):
     logits = torch.randn(5, 37)
     logits[2, 4:9], logits[3] = float("-inf"), -1e30

@@ -55,7 +55,8 @@ def all_three(logits, labels, weight, dlosses, ignore_index, numbers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    "numbers", [PLAIN, [0.1, 0.0, 1.0], [0.0, 3.0, 0.5], [0.2, 30.0, 2.0], [1.0, 0.0, 1.0]]
+    "numbers",
+    [PLAIN, [0.0, 0.0, -0.7], [0.1, 0.0, 1.0], [0.0, 3.0, 0.5], [0.2, 30.0, 2.0], [1.0, 0.0, 1.0]],
 )
 def test_values(dtype, weighted, numbers):
     for rows, vocab in ((5, 33), (1, 2), (2, cross_entropy.BLOCK + 5)):
