@@ -63,16 +63,17 @@ __device__ __forceinline__ const T* at(const CachedHeads& x, int64_t row, int64_
          head * x.head_stride;
 }
 
-// Whether every row of x can be read 16 bytes at a time.
+// Whether every row of x can be read 16 bytes at a time. A kernel has this as kAligned: where it is
+// a value of run time, every load gets a branch of its own, and waits for the one before.
 template <class T>
-__device__ __forceinline__ bool packs_aligned(const CachedHeads& x) {
+bool packs_aligned(const CachedHeads& x) {
   return aligned16(x.data) &&
          (x.row_stride | x.token_stride | x.head_stride) % Pack<T>::size == 0;
 }
 
-template <class T>
-__device__ __forceinline__ Pack<T> load_or_zero(const T* from, bool there, bool aligned) {
-  return there ? load(from, aligned) : Pack<T>{};
+template <bool kAligned, class T>
+__device__ __forceinline__ Pack<T> load_or_zero(const T* from, bool there) {
+  return there ? load(from, kAligned) : Pack<T>{};
 }
 
 template <class T>
@@ -101,13 +102,14 @@ __device__ void stage_queries(const DecodeAttention& a, const Tile& s, T* querie
 // ---- scores (kLines, kBlock) = queries keys^T, for the slots in `slots`; no others are read ----
 
 // Half types. A thread of the matrix product holds two neighbours along its depth; which dims these
-// are is free, so a thread loads 16 bytes of a key's row and uses them in two products.
-template <class T>
+// are is free, so a thread loads 16 bytes of a key's row and uses them in two products. The loads of
+// kAhead steps of 32 dims leave before the first product.
+template <bool kAligned, class T>
 __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots, const T* queries,
                             float* scores) {
+  constexpr int kAhead = kAligned ? 4 : 1;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int width = query_width<T>(a.dim);
-  const bool aligned = packs_aligned<T>(a.k);
+  const int width = query_width<T>(a.dim), depth = width - Pack<T>::size;
   for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
     if (!slots.meets(group, group + kGroup)) continue;
     float sums[2][4] = {};
@@ -120,17 +122,27 @@ __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots,
       there[u] = slots.has(slot);
       key[u] = at<T>(a.k, s.row, s.base + (there[u] ? slot : slots.begin), s.kv_head);
     }
-#pragma unroll 4
-    for (int d = 8 * t; d < width - Pack<T>::size; d += 32) {
-      auto top = bit_cast<uint4>(load(queries + g * width + d, true));
-      auto bottom = bit_cast<uint4>(load(queries + (g + 8) * width + d, true));
-      const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
-      const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
+    for (int begin = 0; begin < depth; begin += 32 * kAhead) {
+      Pack<T> x[kAhead][2];
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        auto x = bit_cast<uint4>(load_or_zero(key[u] + d, there[u] && d < a.dim, aligned));
-        mma<T>(sums[u], first, {x.x, x.y});
-        mma<T>(sums[u], second, {x.z, x.w});
+      for (int i = 0; i < 2 * kAhead; ++i) {
+        int step = i / 2, u = i % 2, d = begin + 32 * step + 8 * t;
+        x[step][u] = load_or_zero<kAligned>(key[u] + d, there[u] && d < a.dim);
+      }
+#pragma unroll
+      for (int step = 0; step < kAhead; ++step) {
+        int d = begin + 32 * step + 8 * t;
+        if (begin + 32 * step >= depth) break;
+        auto top = bit_cast<uint4>(load(queries + g * width + d, true));
+        auto bottom = bit_cast<uint4>(load(queries + (g + 8) * width + d, true));
+        const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
+        const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          auto words = bit_cast<uint4>(x[step][u]);
+          mma<T>(sums[u], first, {words.x, words.y});
+          mma<T>(sums[u], second, {words.z, words.w});
+        }
       }
     }
 #pragma unroll
@@ -143,21 +155,23 @@ __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots,
 
 // float32: a thread to a slot.
 static_assert(kThreads == kBlock);
-template <>
-__device__ void make_scores<float>(const DecodeAttention& a, const Tile& s, Span slots,
-                                   const float* queries, float* scores) {
+template <bool kAligned>
+__device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots,
+                            const float* queries, float* scores) {
   const int slot = threadIdx.x, width = query_width<float>(a.dim);
   if (!slots.has(slot)) return;
   const float* key = at<float>(a.k, s.row, s.base + slot, s.kv_head);
-  const bool aligned = packs_aligned<float>(a.k);
   float sums[kLines] = {};
-  for (int d = 0; d < a.dim; d += 4) {
-    Pack<float> x = load(key + d, aligned);
+  for (int begin = 0; begin < a.dim; begin += 8) {  // a divisor of dim
+    const Pack<float> x[2] = {load(key + begin, kAligned), load(key + begin + 4, kAligned)};
 #pragma unroll
-    for (int line = 0; line < kLines; ++line) {
-      Pack<float> q = load(queries + line * width + d, true);
+    for (int pack = 0; pack < 2; ++pack) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[line] = fmaf(q.item[i], x.item[i], sums[line]);
+      for (int line = 0; line < kLines; ++line) {
+        Pack<float> q = load(queries + line * width + begin + 4 * pack, true);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[line] = fmaf(q.item[i], x[pack].item[i], sums[line]);
+      }
     }
   }
 #pragma unroll
@@ -198,23 +212,27 @@ __device__ void make_weights(const DecodeAttention& a, const Tile& s, float* sco
 
 // ---- sums (kWarps, kLines, kColumns) = weights values, each warp's over its own of `slots` ------
 
-template <class T>
+// Half types. All of a thread's loads leave before the first product.
+template <bool kAligned, class T>
 __device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
-                      const float* weights, float* sums) {
+                      const T* cache, const float* weights, float* sums) {
+  constexpr int kGroups = kBlock / (kWarps * kGroup);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const bool aligned = packs_aligned<T>(a.v), inside = column + 8 * g < a.dim;
+  const bool inside = column + 8 * g < a.dim;
+  Pack<T> loaded[kGroups][4];
+#pragma unroll
+  for (int i = 0; i < 4 * kGroups; ++i) {
+    int slot = (i / 4 * kWarps + warp) * kGroup + 4 * t + i % 4;
+    bool there = slots.has(slot) && inside;
+    const T* row = cache + (there ? slot : slots.begin) * a.v.token_stride;
+    loaded[i / 4][i % 4] = load_or_zero<kAligned>(row + column + 8 * g, there);
+  }
   float c[8][4] = {};
 #pragma unroll
-  for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
+  for (int n = 0; n < kGroups; ++n) {
+    const int group = (n * kWarps + warp) * kGroup;
     if (!slots.meets(group, group + kGroup)) continue;
-    Pack<T> x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int slot = group + 4 * t + i;
-      bool there = slots.has(slot) && inside;
-      const T* row = at<T>(a.v, s.row, s.base + (there ? slot : slots.begin), s.kv_head);
-      x[i] = load_or_zero(row + column + 8 * g, there, aligned);
-    }
+    const Pack<T>(&x)[4] = loaded[n];
     uint32_t p[4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -233,9 +251,9 @@ __device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int c
   }
 }
 
-template <>
-__device__ void weigh<float>(const DecodeAttention& a, const Tile& s, Span slots, int column,
-                             const float* weights, float* sums) {
+template <bool kAligned>
+__device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
+                      const float* cache, const float* weights, float* sums) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float c[kLines][2] = {};
   for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
@@ -247,8 +265,7 @@ __device__ void weigh<float>(const DecodeAttention& a, const Tile& s, Span slots
       for (int i = 0; i < 8; ++i) {
         int d = column + lane + i % 2 * kWarp;
         bool there = slots.has(slot + i / 2) && d < a.dim;
-        x[i / 2][i % 2] =
-            there ? at<float>(a.v, s.row, s.base + slot + i / 2, s.kv_head)[d] : 0.f;
+        x[i / 2][i % 2] = there ? cache[(slot + i / 2) * a.v.token_stride + d] : 0.f;
       }
 #pragma unroll
       for (int line = 0; line < kLines; ++line) {
@@ -281,7 +298,7 @@ __device__ bool write_values(const DecodeAttention& a, const Tile& s, int column
   return finite;
 }
 
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttention a) {
   FASTFT_SHARED(shared);
   const Tile s(a);
@@ -295,10 +312,11 @@ __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttentio
                                 blockIdx.x) * s.lines * (a.dim + 2);
   stage_queries(a, s, queries);
   __syncthreads();
-  make_scores(a, s, slots, queries, scores);
+  make_scores<kAligned>(a, s, slots, queries, scores);
   __syncthreads();
   make_weights<T>(a, s, scores, values + s.lines * a.dim);
   __syncthreads();
+  const T* cache = at<T>(a.v, s.row, s.base, s.kv_head);
   const int low = s.first_query(), high = s.last_query();
   const Span oldest = s.slots(a, low, low), newest = s.slots(a, high, high);
   const bool ragged = oldest.begin != newest.begin || oldest.end != newest.end;
@@ -306,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttentio
     int passes = 1;
     for (int pass = 0; pass < passes; ++pass) {
       int from = pass ? low + pass - 1 : low, to = pass ? from : high;
-      weigh<T>(a, s, s.slots(a, from, to), column, scores, sums);
+      weigh<kAligned>(a, s, s.slots(a, from, to), column, cache, scores, sums);
       __syncthreads();
       bool finite = write_values(a, s, column, from * s.groups, (to + 1) * s.groups, sums, values);
       __syncthreads();
@@ -351,8 +369,9 @@ cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
   size_t queries = kLines * query_width<T>(a.dim) * sizeof(T);
   size_t sums = kWarps * kLines * kSums * sizeof(float);
   size_t bytes = kLines * kScores * sizeof(float) + (queries > sums ? queries : sums);
-  FASTFT_LAUNCH(block_kernel<T>, dim3(unsigned(blocks), unsigned(a.kv_heads * tiles),
-                                      unsigned(a.batch)),
+  const bool aligned = packs_aligned<T>(a.k) && packs_aligned<T>(a.v);
+  const auto kernel = aligned ? block_kernel<T, true> : block_kernel<T, false>;
+  FASTFT_LAUNCH(kernel, dim3(unsigned(blocks), unsigned(a.kv_heads * tiles), unsigned(a.batch)),
                 dim3(kThreads), bytes, stream, a);
   if (cudaError_t error = cudaGetLastError()) return error;
   unsigned threads = unsigned((a.dim + kWarp - 1) / kWarp * kWarp);
