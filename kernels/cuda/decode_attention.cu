@@ -26,10 +26,13 @@ struct Span {
   __device__ bool meets(int from, int to) const { return begin < to && from < end; }
 };
 
+__device__ __forceinline__ int length_of(const DecodeAttention& a, int row) {
+  const int length = a.lengths[row];
+  return length < 0 ? 0 : length > a.capacity ? int(a.capacity) : length;
+}
+
 // The slots that a query sees.
-__device__ __forceinline__ Span seen(const DecodeAttention& a, int row, int query) {
-  int64_t length = a.lengths[row];
-  length = length < 0 ? 0 : length > a.capacity ? a.capacity : length;
+__device__ __forceinline__ Span seen(const DecodeAttention& a, int length, int query) {
   int64_t end = length - a.queries + query + 1, begin = end - a.window;
   return {int(begin < 0 ? 0 : begin), int(end < 0 ? 0 : end)};
 }
@@ -39,6 +42,7 @@ struct Tile {
   int row, kv_head, groups, lines;  // all lines of the key head
   int first, count;                 // the lines of this tile
   int base;                         // its first slot
+  int length;                       // read once: no barrier has it read again
 
   __device__ Tile(const DecodeAttention& a) {
     groups = int(a.heads / a.kv_heads), lines = int(a.queries) * groups;
@@ -46,12 +50,13 @@ struct Tile {
     row = blockIdx.z, kv_head = blockIdx.y / tiles, first = blockIdx.y % tiles * kLines;
     count = lines - first < kLines ? lines - first : kLines;
     base = blockIdx.x * kBlock;
+    length = length_of(a, row);
   }
   __device__ int first_query() const { return first / groups; }
   __device__ int last_query() const { return (first + count - 1) / groups; }
   // What the queries from one to another see, any of them, of this block.
   __device__ Span slots(const DecodeAttention& a, int query, int last) const {
-    int begin = seen(a, row, query).begin - base, end = seen(a, row, last).end - base;
+    int begin = seen(a, length, query).begin - base, end = seen(a, length, last).end - base;
     return {begin < 0 ? 0 : begin, end > kBlock ? kBlock : end};
   }
 };
@@ -102,8 +107,8 @@ __device__ void stage_queries(const DecodeAttention& a, const Tile& s, T* querie
 // ---- scores (kLines, kBlock) = queries keys^T, for the slots in `slots`; no others are read ----
 
 // Half types. A thread of the matrix product holds two neighbours along its depth; which dims these
-// are is free, so a thread loads 16 bytes of a key's row and uses them in two products. The loads of
-// kAhead steps of 32 dims leave before the first product.
+// are is free, so a thread loads 16 bytes of a key's row and uses them in two products. The loads
+// of kAhead steps of 32 dims leave before the first product.
 template <bool kAligned, class T>
 __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots, const T* queries,
                             float* scores) {
@@ -212,37 +217,40 @@ __device__ void make_weights(const DecodeAttention& a, const Tile& s, float* sco
 
 // ---- sums (kWarps, kLines, kColumns) = weights values, each warp's over its own of `slots` ------
 
-// Half types. All of a thread's loads leave before the first product.
+// Half types. The loads of kAhead groups leave before the first product.
 template <bool kAligned, class T>
 __device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
                       const T* cache, const float* weights, float* sums) {
-  constexpr int kGroups = kBlock / (kWarps * kGroup);
+  constexpr int kAhead = kAligned ? 2 : 1, kStep = kWarps * kGroup;
+  static_assert(kBlock % (kAhead * kStep) == 0);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const bool inside = column + 8 * g < a.dim;
-  Pack<T> loaded[kGroups][4];
-#pragma unroll
-  for (int i = 0; i < 4 * kGroups; ++i) {
-    int slot = (i / 4 * kWarps + warp) * kGroup + 4 * t + i % 4;
-    bool there = slots.has(slot) && inside;
-    const T* row = cache + (there ? slot : slots.begin) * a.v.token_stride;
-    loaded[i / 4][i % 4] = load_or_zero<kAligned>(row + column + 8 * g, there);
-  }
   float c[8][4] = {};
+#pragma unroll 1
+  for (int begin = warp * kGroup; begin < kBlock; begin += kAhead * kStep) {
+    Pack<T> loaded[kAhead][4];
 #pragma unroll
-  for (int n = 0; n < kGroups; ++n) {
-    const int group = (n * kWarps + warp) * kGroup;
-    if (!slots.meets(group, group + kGroup)) continue;
-    const Pack<T>(&x)[4] = loaded[n];
-    uint32_t p[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Pack<float> w = load(weights + (g + 8 * half) * kScores + group + 4 * t, true);
-      p[half] = word_of(from_float<T>(w.item[0]), from_float<T>(w.item[1]));
-      p[half + 2] = word_of(from_float<T>(w.item[2]), from_float<T>(w.item[3]));
+    for (int i = 0; i < 4 * kAhead; ++i) {
+      int slot = begin + i / 4 * kStep + 4 * t + i % 4;
+      const T* from = cache + slot * a.v.token_stride + column + 8 * g;
+      loaded[i / 4][i % 4] = load_or_zero<kAligned>(from, slots.has(slot) && inside);
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j)  // column n of product j is column 8 n + j of the values
-      mma<T>(c[j], p, {word_of(x[0].item[j], x[1].item[j]), word_of(x[2].item[j], x[3].item[j])});
+    for (int n = 0; n < kAhead; ++n) {
+      const int group = begin + n * kStep;
+      if (!slots.meets(group, group + kGroup)) continue;
+      const Pack<T>(&x)[4] = loaded[n];
+      uint32_t p[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Pack<float> w = load(weights + (g + 8 * half) * kScores + group + 4 * t, true);
+        p[half] = word_of(from_float<T>(w.item[0]), from_float<T>(w.item[1]));
+        p[half + 2] = word_of(from_float<T>(w.item[2]), from_float<T>(w.item[3]));
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j)  // column n of product j is column 8 n + j of the values
+        mma<T>(c[j], p, {word_of(x[0].item[j], x[1].item[j]), word_of(x[2].item[j], x[3].item[j])});
+    }
   }
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
@@ -336,25 +344,42 @@ __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttentio
   }
 }
 
-// A block of threads to a line, a thread to a column.
+// A block of threads to a line, a thread to a column. The loads of kAhead blocks leave together, or
+// each block would wait for the memory anew; selects, as branches would put them apart again.
 template <class T>
 __global__ void __launch_bounds__(256) merge_kernel(const DecodeAttention a, int64_t blocks) {
+  constexpr int kAhead = 8;
   const int groups = int(a.heads / a.kv_heads), lines = int(a.queries) * groups;
   const int line = blockIdx.x % lines, item = blockIdx.x / lines, d = threadIdx.x;
   const int row = item / int(a.kv_heads), query = line / groups;
   if (d >= a.dim) return;
-  const Span own = seen(a, row, query);
+  const Span own = seen(a, length_of(a, row), query);
+  const int64_t stride = int64_t(lines) * (a.dim + 2);
+  const int end = (own.end + kBlock - 1) / kBlock;
   float largest = -INFINITY, sum = 0.f, value = 0.f;
-  for (int block = own.begin / kBlock; block * kBlock < own.end; ++block) {
-    const float* values = a.partials + (item * blocks + block) * lines * (a.dim + 2);
-    const float* stats = values + lines * a.dim + 2 * line;
-    const float other = stats[0], both = fmaxf(largest, other);
-    // Equal also where both are -inf, whose difference is none.
-    const float old = largest == both ? 1.f : expf(largest - both);
-    const float add = other == both ? 1.f : expf(other - both);
-    sum = fmaf(stats[1], add, sum * old);
-    value = fmaf(values[line * a.dim + d], add, value * old);
-    largest = both;
+  for (int begin = own.begin / kBlock; begin < end; begin += kAhead) {
+    const float* values = a.partials + (item * blocks + begin) * stride;
+    float others[kAhead], sums[kAhead], columns[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const bool there = begin + i < end;
+      const float* from = values + i * stride;
+      const float* stats = from + lines * a.dim + 2 * line;
+      // Where there is none, what changes no bit of the result: not even that of a -0.
+      others[i] = there ? stats[0] : -INFINITY;
+      sums[i] = there ? stats[1] : 0.f;
+      columns[i] = there ? from[line * a.dim + d] : -0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const float other = others[i], both = fmaxf(largest, other);
+      const float shrink = expf(largest - both), weight = expf(other - both);
+      // Equal also where both are -inf, whose difference is none.
+      const float old = largest == both ? 1.f : shrink, add = other == both ? 1.f : weight;
+      sum = fmaf(sums[i], add, sum * old);
+      value = fmaf(columns[i], add, value * old);
+      largest = both;
+    }
   }
   int64_t head = int64_t(item) % a.kv_heads * groups + line % groups;
   static_cast<T*>(a.out)[((row * a.queries + query) * a.heads + head) * a.dim + d] =
