@@ -26,10 +26,13 @@ struct Span {
   __device__ bool meets(int from, int to) const { return begin < to && from < end; }
 };
 
+__device__ __forceinline__ int length_of(const DecodeAttention& a, int row) {
+  const int length = a.lengths[row];
+  return length < 0 ? 0 : length > a.capacity ? int(a.capacity) : length;
+}
+
 // The slots that a query sees.
-__device__ __forceinline__ Span seen(const DecodeAttention& a, int row, int query) {
-  int64_t length = a.lengths[row];
-  length = length < 0 ? 0 : length > a.capacity ? a.capacity : length;
+__device__ __forceinline__ Span seen(const DecodeAttention& a, int length, int query) {
   int64_t end = length - a.queries + query + 1, begin = end - a.window;
   return {int(begin < 0 ? 0 : begin), int(end < 0 ? 0 : end)};
 }
@@ -39,6 +42,7 @@ struct Tile {
   int row, kv_head, groups, lines;  // all lines of the key head
   int first, count;                 // the lines of this tile
   int base;                         // its first slot
+  int length;                       // read once: no barrier has it read again
 
   __device__ Tile(const DecodeAttention& a) {
     groups = int(a.heads / a.kv_heads), lines = int(a.queries) * groups;
@@ -46,12 +50,13 @@ struct Tile {
     row = blockIdx.z, kv_head = blockIdx.y / tiles, first = blockIdx.y % tiles * kLines;
     count = lines - first < kLines ? lines - first : kLines;
     base = blockIdx.x * kBlock;
+    length = length_of(a, row);
   }
   __device__ int first_query() const { return first / groups; }
   __device__ int last_query() const { return (first + count - 1) / groups; }
   // What the queries from one to another see, any of them, of this block.
   __device__ Span slots(const DecodeAttention& a, int query, int last) const {
-    int begin = seen(a, row, query).begin - base, end = seen(a, row, last).end - base;
+    int begin = seen(a, length, query).begin - base, end = seen(a, length, last).end - base;
     return {begin < 0 ? 0 : begin, end > kBlock ? kBlock : end};
   }
 };
@@ -63,16 +68,17 @@ __device__ __forceinline__ const T* at(const CachedHeads& x, int64_t row, int64_
          head * x.head_stride;
 }
 
-// Whether every row of x can be read 16 bytes at a time.
+// Whether every row of x can be read 16 bytes at a time. A kernel has this as kAligned: where it is
+// a value of run time, every load gets a branch of its own, and waits for the one before.
 template <class T>
-__device__ __forceinline__ bool packs_aligned(const CachedHeads& x) {
+bool packs_aligned(const CachedHeads& x) {
   return aligned16(x.data) &&
          (x.row_stride | x.token_stride | x.head_stride) % Pack<T>::size == 0;
 }
 
-template <class T>
-__device__ __forceinline__ Pack<T> load_or_zero(const T* from, bool there, bool aligned) {
-  return there ? load(from, aligned) : Pack<T>{};
+template <bool kAligned, class T>
+__device__ __forceinline__ Pack<T> load_or_zero(const T* from, bool there) {
+  return there ? load(from, kAligned) : Pack<T>{};
 }
 
 template <class T>
@@ -101,13 +107,14 @@ __device__ void stage_queries(const DecodeAttention& a, const Tile& s, T* querie
 // ---- scores (kLines, kBlock) = queries keys^T, for the slots in `slots`; no others are read ----
 
 // Half types. A thread of the matrix product holds two neighbours along its depth; which dims these
-// are is free, so a thread loads 16 bytes of a key's row and uses them in two products.
-template <class T>
+// are is free, so a thread loads 16 bytes of a key's row and uses them in two products. The loads
+// of kAhead steps of 32 dims leave before the first product.
+template <bool kAligned, class T>
 __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots, const T* queries,
                             float* scores) {
+  constexpr int kAhead = kAligned ? 4 : 1;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int width = query_width<T>(a.dim);
-  const bool aligned = packs_aligned<T>(a.k);
+  const int width = query_width<T>(a.dim), depth = width - Pack<T>::size;
   for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
     if (!slots.meets(group, group + kGroup)) continue;
     float sums[2][4] = {};
@@ -120,17 +127,27 @@ __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots,
       there[u] = slots.has(slot);
       key[u] = at<T>(a.k, s.row, s.base + (there[u] ? slot : slots.begin), s.kv_head);
     }
-#pragma unroll 4
-    for (int d = 8 * t; d < width - Pack<T>::size; d += 32) {
-      auto top = bit_cast<uint4>(load(queries + g * width + d, true));
-      auto bottom = bit_cast<uint4>(load(queries + (g + 8) * width + d, true));
-      const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
-      const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
+    for (int begin = 0; begin < depth; begin += 32 * kAhead) {
+      Pack<T> x[kAhead][2];
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        auto x = bit_cast<uint4>(load_or_zero(key[u] + d, there[u] && d < a.dim, aligned));
-        mma<T>(sums[u], first, {x.x, x.y});
-        mma<T>(sums[u], second, {x.z, x.w});
+      for (int i = 0; i < 2 * kAhead; ++i) {
+        int step = i / 2, u = i % 2, d = begin + 32 * step + 8 * t;
+        x[step][u] = load_or_zero<kAligned>(key[u] + d, there[u] && d < a.dim);
+      }
+#pragma unroll
+      for (int step = 0; step < kAhead; ++step) {
+        int d = begin + 32 * step + 8 * t;
+        if (begin + 32 * step >= depth) break;
+        auto top = bit_cast<uint4>(load(queries + g * width + d, true));
+        auto bottom = bit_cast<uint4>(load(queries + (g + 8) * width + d, true));
+        const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
+        const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          auto words = bit_cast<uint4>(x[step][u]);
+          mma<T>(sums[u], first, {words.x, words.y});
+          mma<T>(sums[u], second, {words.z, words.w});
+        }
       }
     }
 #pragma unroll
@@ -143,21 +160,23 @@ __device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots,
 
 // float32: a thread to a slot.
 static_assert(kThreads == kBlock);
-template <>
-__device__ void make_scores<float>(const DecodeAttention& a, const Tile& s, Span slots,
-                                   const float* queries, float* scores) {
+template <bool kAligned>
+__device__ void make_scores(const DecodeAttention& a, const Tile& s, Span slots,
+                            const float* queries, float* scores) {
   const int slot = threadIdx.x, width = query_width<float>(a.dim);
   if (!slots.has(slot)) return;
   const float* key = at<float>(a.k, s.row, s.base + slot, s.kv_head);
-  const bool aligned = packs_aligned<float>(a.k);
   float sums[kLines] = {};
-  for (int d = 0; d < a.dim; d += 4) {
-    Pack<float> x = load(key + d, aligned);
+  for (int begin = 0; begin < a.dim; begin += 8) {  // a divisor of dim
+    const Pack<float> x[2] = {load(key + begin, kAligned), load(key + begin + 4, kAligned)};
 #pragma unroll
-    for (int line = 0; line < kLines; ++line) {
-      Pack<float> q = load(queries + line * width + d, true);
+    for (int pack = 0; pack < 2; ++pack) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[line] = fmaf(q.item[i], x.item[i], sums[line]);
+      for (int line = 0; line < kLines; ++line) {
+        Pack<float> q = load(queries + line * width + begin + 4 * pack, true);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[line] = fmaf(q.item[i], x[pack].item[i], sums[line]);
+      }
     }
   }
 #pragma unroll
@@ -198,33 +217,40 @@ __device__ void make_weights(const DecodeAttention& a, const Tile& s, float* sco
 
 // ---- sums (kWarps, kLines, kColumns) = weights values, each warp's over its own of `slots` ------
 
-template <class T>
+// Half types. The loads of kAhead groups leave before the first product.
+template <bool kAligned, class T>
 __device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
-                      const float* weights, float* sums) {
+                      const T* cache, const float* weights, float* sums) {
+  constexpr int kAhead = kAligned ? 2 : 1, kStep = kWarps * kGroup;
+  static_assert(kBlock % (kAhead * kStep) == 0);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const bool aligned = packs_aligned<T>(a.v), inside = column + 8 * g < a.dim;
+  const bool inside = column + 8 * g < a.dim;
   float c[8][4] = {};
+#pragma unroll 1
+  for (int begin = warp * kGroup; begin < kBlock; begin += kAhead * kStep) {
+    Pack<T> loaded[kAhead][4];
 #pragma unroll
-  for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
-    if (!slots.meets(group, group + kGroup)) continue;
-    Pack<T> x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int slot = group + 4 * t + i;
-      bool there = slots.has(slot) && inside;
-      const T* row = at<T>(a.v, s.row, s.base + (there ? slot : slots.begin), s.kv_head);
-      x[i] = load_or_zero(row + column + 8 * g, there, aligned);
-    }
-    uint32_t p[4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Pack<float> w = load(weights + (g + 8 * half) * kScores + group + 4 * t, true);
-      p[half] = word_of(from_float<T>(w.item[0]), from_float<T>(w.item[1]));
-      p[half + 2] = word_of(from_float<T>(w.item[2]), from_float<T>(w.item[3]));
+    for (int i = 0; i < 4 * kAhead; ++i) {
+      int slot = begin + i / 4 * kStep + 4 * t + i % 4;
+      const T* from = cache + slot * a.v.token_stride + column + 8 * g;
+      loaded[i / 4][i % 4] = load_or_zero<kAligned>(from, slots.has(slot) && inside);
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j)  // column n of product j is column 8 n + j of the values
-      mma<T>(c[j], p, {word_of(x[0].item[j], x[1].item[j]), word_of(x[2].item[j], x[3].item[j])});
+    for (int n = 0; n < kAhead; ++n) {
+      const int group = begin + n * kStep;
+      if (!slots.meets(group, group + kGroup)) continue;
+      const Pack<T>(&x)[4] = loaded[n];
+      uint32_t p[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Pack<float> w = load(weights + (g + 8 * half) * kScores + group + 4 * t, true);
+        p[half] = word_of(from_float<T>(w.item[0]), from_float<T>(w.item[1]));
+        p[half + 2] = word_of(from_float<T>(w.item[2]), from_float<T>(w.item[3]));
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j)  // column n of product j is column 8 n + j of the values
+        mma<T>(c[j], p, {word_of(x[0].item[j], x[1].item[j]), word_of(x[2].item[j], x[3].item[j])});
+    }
   }
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
@@ -233,9 +259,9 @@ __device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int c
   }
 }
 
-template <>
-__device__ void weigh<float>(const DecodeAttention& a, const Tile& s, Span slots, int column,
-                             const float* weights, float* sums) {
+template <bool kAligned>
+__device__ void weigh(const DecodeAttention& a, const Tile& s, Span slots, int column,
+                      const float* cache, const float* weights, float* sums) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   float c[kLines][2] = {};
   for (int group = warp * kGroup; group < kBlock; group += kWarps * kGroup) {
@@ -247,8 +273,7 @@ __device__ void weigh<float>(const DecodeAttention& a, const Tile& s, Span slots
       for (int i = 0; i < 8; ++i) {
         int d = column + lane + i % 2 * kWarp;
         bool there = slots.has(slot + i / 2) && d < a.dim;
-        x[i / 2][i % 2] =
-            there ? at<float>(a.v, s.row, s.base + slot + i / 2, s.kv_head)[d] : 0.f;
+        x[i / 2][i % 2] = there ? cache[(slot + i / 2) * a.v.token_stride + d] : 0.f;
       }
 #pragma unroll
       for (int line = 0; line < kLines; ++line) {
@@ -281,7 +306,7 @@ __device__ bool write_values(const DecodeAttention& a, const Tile& s, int column
   return finite;
 }
 
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttention a) {
   FASTFT_SHARED(shared);
   const Tile s(a);
@@ -295,10 +320,11 @@ __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttentio
                                 blockIdx.x) * s.lines * (a.dim + 2);
   stage_queries(a, s, queries);
   __syncthreads();
-  make_scores(a, s, slots, queries, scores);
+  make_scores<kAligned>(a, s, slots, queries, scores);
   __syncthreads();
   make_weights<T>(a, s, scores, values + s.lines * a.dim);
   __syncthreads();
+  const T* cache = at<T>(a.v, s.row, s.base, s.kv_head);
   const int low = s.first_query(), high = s.last_query();
   const Span oldest = s.slots(a, low, low), newest = s.slots(a, high, high);
   const bool ragged = oldest.begin != newest.begin || oldest.end != newest.end;
@@ -306,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttentio
     int passes = 1;
     for (int pass = 0; pass < passes; ++pass) {
       int from = pass ? low + pass - 1 : low, to = pass ? from : high;
-      weigh<T>(a, s, s.slots(a, from, to), column, scores, sums);
+      weigh<kAligned>(a, s, s.slots(a, from, to), column, cache, scores, sums);
       __syncthreads();
       bool finite = write_values(a, s, column, from * s.groups, (to + 1) * s.groups, sums, values);
       __syncthreads();
@@ -318,25 +344,42 @@ __global__ void __launch_bounds__(kThreads, 4) block_kernel(const DecodeAttentio
   }
 }
 
-// A block of threads to a line, a thread to a column.
+// A block of threads to a line, a thread to a column. The loads of kAhead blocks leave together, or
+// each block would wait for the memory anew; selects, as branches would put them apart again.
 template <class T>
 __global__ void __launch_bounds__(256) merge_kernel(const DecodeAttention a, int64_t blocks) {
+  constexpr int kAhead = 8;
   const int groups = int(a.heads / a.kv_heads), lines = int(a.queries) * groups;
   const int line = blockIdx.x % lines, item = blockIdx.x / lines, d = threadIdx.x;
   const int row = item / int(a.kv_heads), query = line / groups;
   if (d >= a.dim) return;
-  const Span own = seen(a, row, query);
+  const Span own = seen(a, length_of(a, row), query);
+  const int64_t stride = int64_t(lines) * (a.dim + 2);
+  const int end = (own.end + kBlock - 1) / kBlock;
   float largest = -INFINITY, sum = 0.f, value = 0.f;
-  for (int block = own.begin / kBlock; block * kBlock < own.end; ++block) {
-    const float* values = a.partials + (item * blocks + block) * lines * (a.dim + 2);
-    const float* stats = values + lines * a.dim + 2 * line;
-    const float other = stats[0], both = fmaxf(largest, other);
-    // Equal also where both are -inf, whose difference is none.
-    const float old = largest == both ? 1.f : expf(largest - both);
-    const float add = other == both ? 1.f : expf(other - both);
-    sum = fmaf(stats[1], add, sum * old);
-    value = fmaf(values[line * a.dim + d], add, value * old);
-    largest = both;
+  for (int begin = own.begin / kBlock; begin < end; begin += kAhead) {
+    const float* values = a.partials + (item * blocks + begin) * stride;
+    float others[kAhead], sums[kAhead], columns[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const bool there = begin + i < end;
+      const float* from = values + i * stride;
+      const float* stats = from + lines * a.dim + 2 * line;
+      // Where there is none, what changes no bit of the result: not even that of a -0.
+      others[i] = there ? stats[0] : -INFINITY;
+      sums[i] = there ? stats[1] : 0.f;
+      columns[i] = there ? from[line * a.dim + d] : -0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const float other = others[i], both = fmaxf(largest, other);
+      const float shrink = expf(largest - both), weight = expf(other - both);
+      // Equal also where both are -inf, whose difference is none.
+      const float old = largest == both ? 1.f : shrink, add = other == both ? 1.f : weight;
+      sum = fmaf(sums[i], add, sum * old);
+      value = fmaf(columns[i], add, value * old);
+      largest = both;
+    }
   }
   int64_t head = int64_t(item) % a.kv_heads * groups + line % groups;
   static_cast<T*>(a.out)[((row * a.queries + query) * a.heads + head) * a.dim + d] =
@@ -351,8 +394,9 @@ cudaError_t launch(const DecodeAttention& a, cudaStream_t stream) {
   size_t queries = kLines * query_width<T>(a.dim) * sizeof(T);
   size_t sums = kWarps * kLines * kSums * sizeof(float);
   size_t bytes = kLines * kScores * sizeof(float) + (queries > sums ? queries : sums);
-  FASTFT_LAUNCH(block_kernel<T>, dim3(unsigned(blocks), unsigned(a.kv_heads * tiles),
-                                      unsigned(a.batch)),
+  const bool aligned = packs_aligned<T>(a.k) && packs_aligned<T>(a.v);
+  const auto kernel = aligned ? block_kernel<T, true> : block_kernel<T, false>;
+  FASTFT_LAUNCH(kernel, dim3(unsigned(blocks), unsigned(a.kv_heads * tiles), unsigned(a.batch)),
                 dim3(kThreads), bytes, stream, a);
   if (cudaError_t error = cudaGetLastError()) return error;
   unsigned threads = unsigned((a.dim + kWarp - 1) / kWarp * kWarp);

@@ -143,13 +143,18 @@ def test_lengths_may_be_strided():
     assert same_bits(decode_attention(*args, lengths), ours([5, 9])(*args))
 
 
-def test_what_a_draft_holds_reaches_no_query_before_it(isa):
+@pytest.mark.parametrize(
+    "dtype, largest",
+    [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 65504.0)],
+    ids=str,
+)
+def test_what_a_draft_holds_reaches_no_query_before_it(isa, dtype, largest):
     """Not even NaN and infinity, which a weight of zero would let through."""
     lengths = [310]
     for window in (None, 4, 100):
-        query, key, value = inputs(torch.float32, lengths, 6, 4, 2, 32)
+        query, key, value = inputs(dtype, lengths, 6, 4, 2, 32)
         before = ours(lengths, window=window)(query, key, value)
-        for bad in (7.0, torch.inf, -torch.inf, torch.nan):
+        for bad in (7.0, largest, -largest, torch.inf, -torch.inf, torch.nan):
             for cache in (key, value):
                 kept = cache[:, :, 307].clone()
                 cache[:, :, 307] = bad
