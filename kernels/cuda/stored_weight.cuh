@@ -2,7 +2,8 @@
 // floats, or as words of two numbers of a half type for the tensor cores.
 //
 // Numbers are made from bits, since conversions from integers are slow: 0x4b000000 + n are the bits
-// of the float 2^23 + n, and 0x4300 + n, for n < 128, those of the bfloat16 128 + n.
+// of the float 2^23 + n, and 0x4300 + n, for n < 128, those of the bfloat16 128 + n, which are the
+// upper half of those of the float.
 #pragma once
 
 #include "../../csrc/quantized_linear.h"
@@ -62,6 +63,16 @@ __device__ __forceinline__ uint32_t pair<float16>(float low, float high) {
 template <class T>
 __device__ __forceinline__ uint32_t scaled_nibbles(uint32_t two, float scale) {
   return pair<T>(number(two & 15, 8) * scale, number(two >> 16 & 15, 8) * scale);
+}
+// One multiply-add for a subtraction and a product. The scale is a bfloat16: 8 bits, and 136 = 17 * 8
+// takes 5, so the addend is exact and the sum is (n - 8) * scale, which is exact too. A zero may lose
+// its sign, which no sum that starts from +0 shows. Scales from 2^120 on overflow the addend, but
+// float16 ends at 2^16.
+template <>
+__device__ __forceinline__ uint32_t scaled_nibbles<float16>(uint32_t two, float scale) {
+  const float low = bit_cast<float>((two << 16 & 0x000f0000u) | 0x43000000u);
+  const float high = bit_cast<float>((two & 0x000f0000u) | 0x43000000u);
+  return pair<float16>(fmaf(low, scale, -136.f * scale), fmaf(high, scale, -136.f * scale));
 }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 // The scale is a bfloat16, so this rounds the same exact product.
