@@ -15,14 +15,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTile = 16;     // tokens that share a read of the weight
 constexpr int kOutputs = 16;  // of a block of the tensor cores
-// Pieces of a row that a thread has under way; sm_75 has less bandwidth to fill, and bfloat16's
-// shuffles need the registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kAhead = 2;
-#else
-constexpr int kAhead = 4;
-#endif
-
 // ---- the adapter ---------------------------------------------------------------------------------
 
 // low[row, j] = x[row] . a[j]: a block per element.
@@ -78,15 +70,64 @@ __device__ __forceinline__ void finish(const QuantizedLinear& a, int64_t row, in
 
 // ---- tensor cores --------------------------------------------------------------------------------
 
+// What a thread multiplies in one step: a piece of two rows of the weight, and its tokens' inputs.
+template <class Layout, int kColumns>
+struct Step {
+  Piece upper, lower;
+  uint32_t x[kColumns][Layout::kInputs / 8][4];
+};
+
+// Steps that a thread computes while as many are under way: as a wait for one load may be one for
+// all before it, each batch is asked for whole, before the work on the last one. Two batches
+// take the registers of a thread; sm_75's emulated bfloat16 leaves few, and 0 is none under way.
+template <class Layout, int kColumns>
+__device__ constexpr int batch_steps() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  constexpr int words = 24;
+#else
+  constexpr int words = 48;
+#endif
+  return words / int(sizeof(Step<Layout, kColumns>) / 4);
+}
+
 template <class T, class Layout, int kColumns>
+__device__ __forceinline__ void multiply(float (&c)[kColumns][4],
+                                         const Step<Layout, kColumns>& step) {
+#pragma unroll
+  for (int j = 0; j < Layout::kInputs / 4; ++j) {
+    uint32_t high[2], low[2];
+    Layout::template words<T>(step.upper, j, high);
+    Layout::template words<T>(step.lower, j, low);
+    const uint32_t rows[4] = {high[0], low[0], high[1], low[1]};
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const uint32_t* x = step.x[n][j / 2] + j % 2 * 2;
+      uint32_t b[2] = {x[0], x[1]};
+      if (Layout::kCrossed) {
+        b[0] = (x[0] & 0xffffu) | x[1] << 16;
+        b[1] = x[0] >> 16 | (x[1] & 0xffff0000u);
+      }
+      mma<T>(c[n], rows, b);
+    }
+  }
+}
+
+// Whether every 16 bytes of the tokens lie at a multiple of 16.
+__host__ __device__ __forceinline__ bool aligned_tokens(const QuantizedLinear& a) {
+  return aligned16(a.x.data) && a.x.stride % 8 == 0;
+}
+
+// kWhole: every load is of 16 bytes at a multiple of 16, all inside a row or all past its end.
+template <class T, class Layout, int kColumns, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const QuantizedLinear a, int tiles) {
   constexpr int kInputs = Layout::kInputs, kStep = 4 * kInputs * kWarps;
+  constexpr int kAhead = kWhole ? batch_steps<Layout, kColumns>() : 0, kSteps = kAhead ? kAhead : 1;
   __shared__ float sums[kWarps][8 * kColumns][kOutputs];
   const int64_t first_row = int64_t(blockIdx.x % tiles) * kTile;
   const int64_t first_channel = int64_t(blockIdx.x / tiles) * kOutputs;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
 
-  const bool aligned = aligned_rows<Layout>(a);
+  const bool aligned = aligned_rows<Layout>(a), x_aligned = aligned_tokens(a);
   const WeightRow<Layout> top(a, first_channel + g), bottom(a, first_channel + g + 8);
   const T* x[kColumns];
   bool there[kColumns];
@@ -96,18 +137,29 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const QuantizedLinear 
     there[n] = row < a.rows;
     x[n] = static_cast<const T*>(a.x.data) + (there[n] ? row : 0) * a.x.stride;
   }
-  const bool x_aligned = aligned16(a.x.data) && a.x.stride % 8 == 0;
 
   // `start` is the same for a whole warp, k is the thread's own.
-  const int in = int(a.in), own = t * kInputs;
+  const int in = int(a.in);
   int start = warp * 4 * kInputs;
-  Piece upper[kAhead], lower[kAhead];
+  Step<Layout, kColumns> now[kSteps], next[kSteps];
+  auto read = [&](Step<Layout, kColumns>(&batch)[kSteps], int from) {
 #pragma unroll
-  for (int s = 0; s < kAhead; ++s)
-    if (start + s * kStep < in) {
-      upper[s] = top.read(a, start + s * kStep + own, aligned);
-      lower[s] = bottom.read(a, start + s * kStep + own, aligned);
+    for (int s = 0; s < kSteps; ++s) {
+      const int k = from + s * kStep + t * kInputs;
+      batch[s].upper = kWhole ? top.read_whole(a, k) : top.read(a, k, aligned);
+      batch[s].lower = kWhole ? bottom.read_whole(a, k) : bottom.read(a, k, aligned);
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int i = 0; i < kInputs / 8; ++i)
+          if (kWhole)
+            read16(batch[s].x[n][i], x[n] + k + 8 * i, there[n] && k < in);
+          else
+            read16(batch[s].x[n][i], x[n] + k + 8 * i,
+                   there[n] ? 2 * (int64_t(in) - k - 8 * i) : 0, x_aligned);
     }
+  };
+  if (kAhead) read(now, start);
   // Its reads are hidden behind those of the weight.
   const int token = threadIdx.x / kOutputs, output = threadIdx.x % kOutputs;
   const int64_t row = first_row + token, channel = first_channel + output;
@@ -115,41 +167,19 @@ __global__ void __launch_bounds__(kThreads, 2) mma_kernel(const QuantizedLinear 
   const float added = mine ? addend(a, row, channel) : 0.f;
 
   float c[kColumns][4] = {};
+  // The copy is where a thread waits. Unrolled, it would wait for what it has only just asked for:
+  // the batches would share a scoreboard.
+#pragma unroll 1
   while (start < in) {
+    if (kAhead)
+      read(next, start + kAhead * kStep);
+    else
+      read(now, start);
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s, start += kStep) {
-      if (start >= in) break;
-      const int k = start + own, next = start + kAhead * kStep;
+    for (int s = 0; s < kSteps; ++s, start += kStep)
+      if (start < in) multiply<T>(c, now[s]);
 #pragma unroll
-      for (int i = 0; i < kInputs / 8; ++i) {
-        uint32_t columns[kColumns][4];
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n)
-          read16(columns[n], x[n] + k + 8 * i,
-                 there[n] ? 2 * (int64_t(in) - k - 8 * i) : 0, x_aligned);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          uint32_t high[2], low[2];
-          Layout::template words<T>(upper[s], 2 * i + j, high);
-          Layout::template words<T>(lower[s], 2 * i + j, low);
-          const uint32_t rows[4] = {high[0], low[0], high[1], low[1]};
-#pragma unroll
-          for (int n = 0; n < kColumns; ++n) {
-            uint32_t b[2] = {columns[n][2 * j], columns[n][2 * j + 1]};
-            if (Layout::kCrossed) {
-              const uint32_t even = (b[0] & 0xffffu) | b[1] << 16;
-              b[1] = b[0] >> 16 | (b[1] & 0xffff0000u);
-              b[0] = even;
-            }
-            mma<T>(c[n], rows, b);
-          }
-        }
-      }
-      if (next < in) {
-        upper[s] = top.read(a, next + own, aligned);
-        lower[s] = bottom.read(a, next + own, aligned);
-      }
-    }
+    for (int s = 0; s < kAhead; ++s) now[s] = next[s];
   }
 #pragma unroll
   for (int n = 0; n < kColumns; ++n)
@@ -220,7 +250,9 @@ unsigned blocks(int64_t tiles, int64_t outputs, int of_block) {
 template <class T, class Layout>
 void launch_mma(const QuantizedLinear& a, cudaStream_t stream) {
   const int64_t tiles = (a.rows + kTile - 1) / kTile;
-  auto kernel = a.rows > 8 ? mma_kernel<T, Layout, 2> : mma_kernel<T, Layout, 1>;
+  const bool whole = aligned_rows<Layout>(a) && aligned_tokens(a) && a.in % Layout::kInputs == 0;
+  auto kernel = whole ? a.rows > 8 ? mma_kernel<T, Layout, 2, true> : mma_kernel<T, Layout, 1, true>
+                : a.rows > 8 ? mma_kernel<T, Layout, 2, false> : mma_kernel<T, Layout, 1, false>;
   FASTFT_LAUNCH(kernel, dim3(blocks(tiles, a.out, kOutputs)), dim3(kThreads), 0, stream, a,
                 int(tiles));
 }

@@ -30,6 +30,13 @@ __device__ __forceinline__ void read16(uint32_t (&word)[4], const void* from, in
   }
 }
 
+// 16 bytes at a multiple of 16, or zeros: one predicated load, which does not keep others waiting.
+__device__ __forceinline__ void read16(uint32_t (&word)[4], const void* from, bool there) {
+  uint4 all = {0, 0, 0, 0};
+  if (there) all = *static_cast<const uint4*>(from);
+  __builtin_memcpy(word, &all, 16);
+}
+
 // The low byte of `bits` less `offset`.
 __device__ __forceinline__ float number(uint32_t bits, int offset) {
   return bit_cast<float>(0x4b000000u | (bits & 0xffu)) - float((1 << 23) + offset);
@@ -175,15 +182,24 @@ struct WeightRow {
     Piece p;
     const int64_t at = int64_t(k) * Layout::kBits / 8, end = a.in * Layout::kBits / 8;
     read16(p.word, values + at, end - at, aligned);
-    if constexpr (Layout::kGrouped)
-      p.scale = k < a.in ? to_float(scales[k >> (a.group == 64 ? 6 : 5)]) : 0.f;
+    if constexpr (Layout::kGrouped) p.scale = scale(a, k);
     return p;
+  }
+  // The same where the row's pieces are whole and lie at multiples of 16 bytes.
+  __device__ __forceinline__ Piece read_whole(const QuantizedLinear& a, int k) const {
+    Piece p;
+    read16(p.word, values + int64_t(k) * Layout::kBits / 8, k < a.in);
+    if constexpr (Layout::kGrouped) p.scale = scale(a, k);
+    return p;
+  }
+  __device__ __forceinline__ float scale(const QuantizedLinear& a, int k) const {
+    return k < a.in ? to_float(scales[k >> (a.group == 64 ? 6 : 5)]) : 0.f;
   }
 };
 
 // Whether every piece lies at a multiple of 16 bytes.
 template <class Layout>
-__device__ __forceinline__ bool aligned_rows(const QuantizedLinear& a) {
+__host__ __device__ __forceinline__ bool aligned_rows(const QuantizedLinear& a) {
   constexpr int size = Layout::kBits < 8 ? 1 : Layout::kBits / 8;
   return aligned16(a.values) && a.values_stride * size % 16 == 0;
 }
