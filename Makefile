@@ -53,7 +53,8 @@ $(TORCH_STAMP):
 	  v < (3, 11) and sys.exit("fastft needs Python 3.11 or later, $(PYTHON) is %d.%d: make PYTHON=…" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install $(TORCH)
-	$(PY) -m pip install "setuptools>=71" ninja
+	@# setuptools-scm: seqeval is a source package that takes its version from it, without saying so.
+	$(PY) -m pip install "setuptools>=71" ninja setuptools-scm
 	@rm -f $(VENV)/.torch-*
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@
 
