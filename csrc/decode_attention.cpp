@@ -23,7 +23,7 @@ CachedHeads cache_of(const Tensor& t) {
 Tensor decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths,
                         double scale, int64_t window, double softcap) {
   DecodeAttention a{};
-  a.dtype = dtype_of(query, "query");
+  a.dtype = a.query_dtype = dtype_of(query, "query");
   check_heads(query, "query", query);
   check_heads(key_cache, "key_cache", query);
   check_heads(value_cache, "value_cache", query);

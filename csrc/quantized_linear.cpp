@@ -11,7 +11,7 @@ Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalT
   QuantizedLinear a =
       quantized_linear_argument(x, values, scale, bias, low, high, lora_scale);
   Tensor y = empty_rows(x, a.rows, a.out);
-  a.y = y.data_ptr();
+  a.y = y.data_ptr(), a.y_stride = a.out;
   FASTFT_DISPATCH(quantized_linear(a));
   return y;
 }

@@ -16,8 +16,12 @@ inline void set_weight(QuantizedLinear& a, const Tensor& values, const OptionalT
   STD_TORCH_CHECK(values.dim() == 2, "values: expected two dimensions");
   a.out = values.size(0);
   a.in = values.size(1) * (type == ScalarType::Byte ? 2 : 1);
-  check_rows(values, "values", a.out, values.size(1));
   a.values = values.data_ptr(), a.values_stride = values.stride(0);
+  // The view (out, in) of a weight that lies as (in, out), as GPT-2's do.
+  a.transposed = values.stride(1) != 1 && values.stride(0) == 1 && values.size(1) > 1 &&
+                 type != ScalarType::Char && type != ScalarType::Byte;
+  if (a.transposed) a.values_stride = values.stride(1);
+  else check_rows(values, "values", a.out, values.size(1));
   if (type != ScalarType::Char && type != ScalarType::Byte) {
     STD_TORCH_CHECK(!scale, "scale: expected none with floating-point values");
     a.layout = static_cast<WeightLayout>(dtype_of(values, "values"));

@@ -203,7 +203,11 @@ void attend(const Readers& s, int64_t block, const Workspace& w, Softmax out) {
       body(Span{begin, end});
     }
   };
-  read_queries<T>(s, w.q);
+  if (s.a.query_dtype == s.a.dtype) {
+    read_queries<T>(s, w.q);
+  } else {
+    read_queries<float>(s, w.q);
+  }
   out.clear(s);
   for_each_tile([&](Span part) {
     score_tile({w.q, s.padded}, rows_at<T>(s, s.a.k, part, w.tile), s.lines, s.padded,
@@ -280,7 +284,11 @@ void decode_attention(const DecodeAttention& a) {
       merged.clear(s);
       for (int64_t block = s.seen().begin / kBlock; block * kBlock < s.seen().end; ++block)
         merge(s, block * kBlock, made(block), merged);
-      finish<T>(s, merged);
+      if (a.query_dtype == a.dtype) {
+        finish<T>(s, merged);
+      } else {
+        finish<float>(s, merged);
+      }
     };
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < items * (split ? blocks : 1); ++i) {

@@ -12,7 +12,7 @@ struct CachedHeads {
 };
 
 struct DecodeAttention {
-  DType dtype;
+  DType dtype, query_dtype;  // of the cache; of queries and result: the same, or float32
   int64_t batch, queries, heads, kv_heads, dim;
   const int32_t* lengths;  // (batch): slots of the cache in use, the new tokens' included
   CachedHeads q, k, v;

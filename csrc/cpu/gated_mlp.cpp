@@ -71,8 +71,14 @@ void gated_forward(const GatedForward& a) {
     by_activation(a.activation, [&](auto activation) {
       for_each_piece(a.rows, a.columns, [&](int64_t row, int64_t first, int64_t size) {
         const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
-        const T* up = static_cast<const T*>(a.up) + row * a.up_stride + first;
         T* h = static_cast<T*>(a.h) + row * a.columns + first;
+        if (!a.up) {
+          for_each_vec(size, [&](int64_t i, auto n) {
+            store(h + i, activation.act(load(gate + i, n)), n);
+          });
+          return;
+        }
+        const T* up = static_cast<const T*>(a.up) + row * a.up_stride + first;
         for_each_vec(size, [&](int64_t i, auto n) {
           store(h + i, activation.act(load(gate + i, n)) * load(up + i, n), n);
         });

@@ -13,7 +13,7 @@ struct GatedForward {
   Activation activation;
   int64_t rows, columns;
   const void* gate;  // (rows, columns)
-  const void* up;    // (rows, columns)
+  const void* up;    // (rows, columns), or null: the activation alone
   int64_t gate_stride, up_stride;
   void* h;           // (rows, columns), dense
 };

@@ -197,9 +197,10 @@ Finish finish_at(const QuantizedLinear& a, int64_t first) {
 }
 
 // Not inlined, so that every row of every tile is rounded by the very same instructions.
+// Without sums, y holds what the adapter is added to.
 template <class T>
 [[gnu::noinline]] void finish_row(const Finish& f, const Vec* sums, const Vec* added, T* y) {
-  Vec total = fma(fold_channels(sums), f.scale, f.bias);
+  Vec total = sums ? fma(fold_channels(sums), f.scale, f.bias) : load(y, f.count);
   if (added) total = fma(fold_channels(added), broadcast(f.lora_scale), total);
   store(y, total, f.count);
 }
@@ -225,11 +226,13 @@ void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t
                  T* y) {
   const int64_t rank = round_up(a.rank, kWidth), left = (a.out - first + kChannels - 1) / kChannels;
   const int quads = int(std::min<int64_t>(kQuads, left));
-  Weights w[kQuads];
-  for (int q = 0; q < quads; ++q)
-    w[q] = weights_at<Weights>(a, first + q * kChannels, room.scales + q * Room::quad_scales(a));
   Sums sums[kQuads], added;
-  sum_tile(w, quads, x, a.in, room.unpacked, sums);
+  if (!a.onto) {
+    Weights w[kQuads] = {};
+    for (int q = 0; q < quads; ++q)
+      w[q] = weights_at<Weights>(a, first + q * kChannels, room.scales + q * Room::quad_scales(a));
+    sum_tile(w, quads, x, a.in, room.unpacked, sums);
+  }
   for (int q = 0; q < quads; ++q) {
     const int64_t channel = first + q * kChannels;
     if (a.rank) {
@@ -242,7 +245,22 @@ void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t
     }
     const Finish finish = finish_at(a, channel);
     for (int r = 0; r < x.rows; ++r)
-      finish_row(finish, sums[q][r], a.rank ? added[r] : nullptr, y + r * a.out + channel);
+      finish_row(finish, a.onto ? nullptr : sums[q][r], a.rank ? added[r] : nullptr,
+                 y + r * a.y_stride + channel);
+  }
+}
+
+// Of a part's layout, chosen per block: parts that share their rows may be stored differently.
+template <class T>
+void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t first, Room room,
+                 T* y) {
+  switch (a.layout) {
+    case WeightLayout::float32: return layer_block<Plain<float>>(a, x, t, first, room, y);
+    case WeightLayout::bfloat16: return layer_block<Plain<BFloat16>>(a, x, t, first, room, y);
+    case WeightLayout::float16: return layer_block<Plain<Float16>>(a, x, t, first, room, y);
+    case WeightLayout::int8: return layer_block<Plain<int8_t>>(a, x, t, first, room, y);
+    case WeightLayout::int8_grouped: return layer_block<Int8Grouped>(a, x, t, first, room, y);
+    case WeightLayout::int4: return layer_block<Int4>(a, x, t, first, room, y);
   }
 }
 
@@ -261,51 +279,140 @@ void project(const QuantizedLinear& a, const Tile& x, int64_t first, float* unpa
   });
 }
 
-template <class Weights, class T>
-void layer(const QuantizedLinear& a) {
+// Which part of several an item belongs to: `counts` of them lie one after the other.
+struct Item {
+  int part;
+  int64_t index;
+};
+inline Item item_of(const int64_t* counts, int64_t i) {
+  int part = 0;
+  for (; i >= counts[part]; ++part) i -= counts[part];
+  return {part, i};
+}
+
+// Layers over the same rows: one region, so that small ones need not wait for each other.
+template <class T>
+void layers(const QuantizedLinear* parts, int count) {
   constexpr int64_t kBlock = kQuads * kChannels, kTiles = kChunk / kTile;
-  const int64_t rank = round_up(a.rank, kWidth), blocks = (a.out + kBlock - 1) / kBlock;
-  const int64_t most = std::min(kTiles, (a.rows + kTile - 1) / kTile), width = tile_floats(a.in);
-  const int64_t low = (a.rank + kChannels - 1) / kChannels;
-  const int threads = threads_for(std::max(blocks, low), a.rows * a.in * a.out >= kGrain);
-  Scratch xs(most * width), ts(most * kTile * rank), own(Room::floats(a), threads);
-  std::fill_n(ts.data, most * kTile * rank, 0.f);
-  for (int64_t start = 0; start < a.rows; start += kChunk) {
-    const int64_t rows = std::min(kChunk, a.rows - start), tiles = (rows + kTile - 1) / kTile;
-    Tile x[kTiles], t[kTiles];
-#pragma omp parallel for num_threads(threads) if (rows * a.in >= kGrain)
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int count = int(std::min(kTile, rows - i * kTile));
-      x[i] = make_tile(a, start + i * kTile, count, xs.data + i * width);
-      t[i] = {ts.data + i * kTile * rank, rank, kSlice, count};
+  const QuantizedLinear& first = parts[0];
+  int64_t blocks[kParts], lows[kParts], ranks[kParts + 1] = {}, all = 0, low = 0, work = 0, room = 0;
+  for (int p = 0; p < count; ++p) {
+    const QuantizedLinear& a = parts[p];
+    all += blocks[p] = (a.out + kBlock - 1) / kBlock;
+    low += lows[p] = (a.rank + kChannels - 1) / kChannels;
+    ranks[p + 1] = ranks[p] + round_up(a.rank, kWidth);
+    work += a.rows * a.in * a.out;
+    room = std::max(room, Room::floats(a));
+  }
+  const int64_t most = std::min(kTiles, (first.rows + kTile - 1) / kTile);
+  const int64_t width = tile_floats(first.in), span = most * kTile;
+  const int threads = threads_for(std::max(all, low), work >= kGrain);
+  Scratch xs(most * width), ts(span * ranks[count]), own(room, threads);
+  std::fill_n(ts.data, span * ranks[count], 0.f);
+  for (int64_t start = 0; start < first.rows; start += kChunk) {
+    const int64_t rows = std::min(kChunk, first.rows - start), tiles = (rows + kTile - 1) / kTile;
+    Tile x[kTiles];
+    auto low_rows = [&](int p, int64_t tile) {
+      const int64_t rank = ranks[p + 1] - ranks[p];
+      return Tile{ts.data + span * ranks[p] + tile * kTile * rank, rank, kSlice, x[tile].rows};
+    };
+#pragma omp parallel for num_threads(threads) if (rows * first.in >= kGrain)
+    for (int64_t i = 0; i < tiles; ++i)
+      x[i] = make_tile(first, start + i * kTile, int(std::min(kTile, rows - i * kTile)),
+                       xs.data + i * width);
+#pragma omp parallel for num_threads(threads) if (rows * first.in * ranks[count] >= 8 * kGrain)
+    for (int64_t i = 0; i < tiles * low; ++i) {
+      const Item item = item_of(lows, i % low);
+      const Tile t = low_rows(item.part, i / low);
+      project(parts[item.part], x[i / low], item.index * kChannels, own.own(),
+              const_cast<float*>(t.data));
     }
-#pragma omp parallel for num_threads(threads) if (rows * a.in * a.rank >= kGrain)
-    for (int64_t item = 0; item < tiles * low; ++item)
-      project(a, x[item / low], item % low * kChannels, own.own(),
-              ts.data + item / low * kTile * rank);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t block = 0; block < all; ++block) {
+      const Item item = item_of(blocks, block);
+      const QuantizedLinear& a = parts[item.part];
       for (int64_t i = 0; i < tiles; ++i)
-        layer_block<Weights>(a, x[i], t[i], block * kBlock, Room(own.own(), a),
-                             static_cast<T*>(a.y) + (start + i * kTile) * a.out);
+        layer_block(a, x[i], low_rows(item.part, i), item.index * kBlock, Room(own.own(), a),
+                    static_cast<T*>(a.y) + (start + i * kTile) * a.y_stride);
+    }
+  }
+}
+
+// ---- weights that lie as (in, out) ---------------------------------------------------------------
+
+constexpr int kStreams = 8;  // rows of the weight that are read side by side
+
+// sums[r][c] += x[r][k] w[k][c] for K inputs in ascending order; w's rows lie `stride` apart.
+template <int K, class W>
+void add_rows(const W* w, int64_t stride, const float* x, int64_t x_stride, int rows,
+              int64_t columns, float* sums) {
+  for_each_vec(columns, [&](int64_t c, auto n) {
+    Vec weights[K];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) weights[k] = load(w + k * stride + c, n);
+    for (int r = 0; r < rows; ++r) {
+      Vec sum = load(sums + r * columns + c, n);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) sum = fma(broadcast(x[r * x_stride + k]), weights[k], sum);
+      store(sums + r * columns + c, sum, n);
+    }
+  });
+}
+
+template <class W, class T>
+void transposed_layer(const QuantizedLinear& a) {
+  const int threads = threads_for((a.out + 63) / 64, a.rows * a.in * a.out >= kGrain);
+  const int64_t columns = (a.out / threads + 63) / 64 * 64, parts = (a.out + columns - 1) / columns;
+  const int64_t stride = round_up(a.in, kWidth);
+  Scratch xs(kTile * stride), sums(kTile * columns, int(parts)), bias(a.bias.data ? a.out : 0);
+  for (int64_t c = 0; a.bias.data && c < a.out; ++c) to_floats(a.bias, c, 0, 1, bias.data + c);
+  for (int64_t row = 0; row < a.rows; row += kTile) {
+    const int rows = int(std::min(kTile, a.rows - row));
+    for (int r = 0; r < rows; ++r) to_floats(a.x, row + r, 0, a.in, xs.data + r * stride);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = part * columns, own = std::min(columns, a.out - first);
+      const W* w = static_cast<const W*>(a.values) + first;
+      float* sum = sums.data + part * sums.size;
+      std::fill_n(sum, rows * own, 0.f);
+      int64_t k = 0;
+      for (; k + kStreams <= a.in; k += kStreams)
+        add_rows<kStreams>(w + k * a.values_stride, a.values_stride, xs.data + k, stride, rows, own,
+                           sum);
+      for (; k < a.in; ++k)
+        add_rows<1>(w + k * a.values_stride, a.values_stride, xs.data + k, stride, rows, own, sum);
+      for (int r = 0; r < rows; ++r)
+        for_each_vec(own, [&](int64_t c, auto n) {
+          Vec total = load(sum + r * own + c, n);
+          if (a.bias.data) total += load(bias.data + first + c, n);
+          store(static_cast<T*>(a.y) + (row + r) * a.y_stride + first + c, total, n);
+        });
+    }
   }
 }
 
 }  // namespace
 
-void quantized_linear(const QuantizedLinear& a) {
-  if (a.rows == 0 || a.out == 0) return;
-  by_dtype(a.x.dtype, [&](auto element) {
+void quantized_linears(const QuantizedLinear* parts, int count) {
+  QuantizedLinear rest[kParts];
+  int left = 0;
+  by_dtype(parts[0].x.dtype, [&](auto element) {
     using T = decltype(element);
-    switch (a.layout) {
-      case WeightLayout::float32: return layer<Plain<float>, T>(a);
-      case WeightLayout::bfloat16: return layer<Plain<BFloat16>, T>(a);
-      case WeightLayout::float16: return layer<Plain<Float16>, T>(a);
-      case WeightLayout::int8: return layer<Plain<int8_t>, T>(a);
-      case WeightLayout::int8_grouped: return layer<Int8Grouped, T>(a);
-      case WeightLayout::int4: return layer<Int4, T>(a);
+    for (int p = 0; p < count; ++p) {
+      QuantizedLinear a = parts[p];
+      if (a.rows == 0 || a.out == 0) continue;
+      if (a.transposed && !a.onto) {
+        by_dtype(static_cast<DType>(a.layout), [&](auto stored) {
+          transposed_layer<decltype(stored), T>(a);
+        });
+        a.onto = true;
+      }
+      if (!a.onto || a.rank) rest[left++] = a;
     }
+    if (left) layers<T>(rest, left);
   });
 }
+
+void quantized_linear(const QuantizedLinear& a) { quantized_linears(&a, 1); }
 
 }  // namespace fastft::FASTFT_ISA

@@ -6,6 +6,10 @@
 
 namespace fastft {
 
+constexpr int kParts = 4;  // layers that share their rows
+
 FASTFT_DECLARE(void quantized_linear(const QuantizedLinear&))
+// Up to kParts layers of the same x and rows, in any layouts.
+FASTFT_DECLARE(void quantized_linears(const QuantizedLinear*, int))
 
 }  // namespace fastft

@@ -24,12 +24,13 @@ Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalT
   Tensor own = widens ? torch::stable::to(x, ScalarType::Float) : x;
   QuantizedLinear a =
       quantized_linear_argument(own, values, scale, bias, low, high, lora_scale);
+  STD_TORCH_CHECK(!a.transposed, "values: expected a contiguous last dimension");
   STD_TORCH_CHECK(a.in <= kMost, "x: expected fewer than 2^31 inputs, got ", a.in);
   STD_TORCH_CHECK(a.rows * ((a.out + 7) / 8) <= kMost && a.rows * a.rank <= kMost,
                   "x: expected fewer rows than ", a.rows, " for a weight of ", a.out, " outputs");
   if (a.rows == 0 || a.out == 0) return empty_rows(x, a.rows, a.out);
   Tensor y = empty_rows(own, a.rows, a.out), workspace = empty_float(x, {a.rows, a.rank});
-  a.y = y.data_ptr(), a.low = static_cast<float*>(workspace.data_ptr());
+  a.y = y.data_ptr(), a.y_stride = a.out, a.low = static_cast<float*>(workspace.data_ptr());
   launch(x, fastft_quantized_linear, a);
   return widens ? torch::stable::to(y, type) : y;
 }

@@ -1,0 +1,208 @@
+"""decoder_layer: one layer of a causal language model over a KV cache, for a few new tokens.
+
+    h = norm(x)        q, k, v = h Wq^T, h Wk^T, h Wv^T      k, v go into the cache, q and k rotated
+    x = x + attention(q, cache) Wo^T
+    h = norm(x)        x = x + (act(h Wg^T) * h Wu^T) Wd^T   or   x + act(h Wu^T) Wd^T
+
+with RMSNorm or LayerNorm, a norm of the queries' and keys' heads (Qwen3) or none, biases or none,
+weights stored as `quantized_linear` takes them, and for each linear layer a low-rank adapter,
+unmerged; rows of one batch may take different ones.
+
+The new tokens of all rows lie one after the other: those of row b are cu_seqlens[b] to
+cu_seqlens[b + 1], none where a row is finished. lengths[b] counts the slots of the cache in use
+with them. So a prompt, a step of decoding and a draft that is verified are one computation, without
+padding. On the CPU a token's result has the same bits whatever is computed beside it: that holds
+for every operator this one is made of (`quantized_linear`, `decode_attention`).
+Activations are float32 on the CPU whatever the weights are; there are no gradients.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastft.library import operator
+from fastft.ops.decode_attention import MAX_QUERIES, _decode_attention
+from fastft.ops.gated_mlp import _activation
+from fastft.ops.norm import _layer_norm, _rms_norm
+from fastft.ops.quantized_linear import Adapter, QuantizedWeight, _quantized_linear
+from fastft.ops.rotary import _rotary
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order the kernels number them
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, and the adapters that rows choose from."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None = None  # (out,)
+    adapters: tuple[Adapter | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class NormWeight:
+    weight: Tensor | None  # (hidden,)
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Everything but the tokens. `linears` in order: query, key, value, or all three in one;
+    output; gate and up, or both in one, or without a gate one; down."""
+
+    linears: tuple[Linear, ...]
+    attention_norm: NormWeight
+    mlp_norm: NormWeight
+    heads: int
+    activation: str
+    gated: bool
+    center: bool  # LayerNorm rather than RMSNorm
+    eps: float
+    scale: float
+    offset: float = 0.0  # added to the norms' weights
+    query_norm: NormWeight = NormWeight(None)
+    key_norm: NormWeight = NormWeight(None)
+    window: int = -1
+    softcap: float = 0.0
+    arguments: tuple = field(init=False, repr=False)
+
+    def __post_init__(self):
+        # Made once: in a step of decoding, gathering them would cost as much as some kernels.
+        norms = [
+            self.attention_norm.weight,
+            self.attention_norm.bias,
+            self.mlp_norm.weight,
+            self.mlp_norm.bias,
+            self.query_norm.weight,
+            self.key_norm.weight,
+        ]
+        linears, adapters, scales = [], [], []
+        for linear in self.linears:
+            linears += [linear.weight.values, linear.weight.scale, linear.bias]
+        for j in range(len(self.linears[0].adapters)):
+            for linear in self.linears:
+                adapter = linear.adapters[j]
+                adapters += [None, None] if adapter is None else [adapter.a, adapter.b]
+                scales.append(0.0 if adapter is None else float(adapter.scale))
+        object.__setattr__(self, "arguments", (norms, linears, adapters, scales))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which new tokens stand where; one for all layers of a step."""
+
+    cu_seqlens: Tensor  # (batch + 1,) int32
+    lengths: Tensor  # (batch,) int32: slots of the cache in use, the new tokens' included
+    queries: int  # the most new tokens of a row
+    cos: Tensor | None = None  # (tokens, rotary dimensions), of x's dtype
+    sin: Tensor | None = None
+    adapter_of: Tensor | None = None  # (batch,) int32, -1 for none; None: all take the one there is
+
+
+def _linears(x, row, linears, adapters, scales, adapter_of, first, count):
+    """Linear layers [first, first + count), their results side by side."""
+    total, outs = len(linears) // 3, []
+    for i in range(first, first + count):
+        values, scale, bias = linears[3 * i : 3 * i + 3]
+        values = values if values.stride(1) == 1 or x.is_cpu else values.contiguous()
+        chosen = [(adapters[2 * j], adapters[2 * j + 1], scales[j])
+                  for j in range(i, len(scales), total)]  # fmt: skip
+        if adapter_of is None:
+            a, b, lora_scale = chosen[0] if chosen else (None, None, 0.0)
+            outs.append(_quantized_linear(x, values, scale, bias, a, b, lora_scale))
+            continue
+        y = _quantized_linear(x, values, scale, bias, None, None, 0.0)
+        for j, (a, b, lora_scale) in enumerate(chosen):
+            if a is not None:
+                added = (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t() * lora_scale
+                y = y + added * (adapter_of[row] == j)[:, None]
+        outs.append(y)
+    return torch.cat(outs, 1) if count > 1 else outs[0]
+
+
+def _attend(q, keys, values, place, seen, queries, scale, window, softcap):
+    """q (tokens, heads, head_dim) at `place` of (batch * queries); at most MAX_QUERIES a call."""
+    padded = q.new_zeros(len(seen) * queries, *q.shape[1:])
+    padded = padded.index_copy_(0, place, q).view(len(seen), queries, *q.shape[1:])
+    outs = []
+    for begin in range(0, queries, MAX_QUERIES):
+        part = padded[:, begin : begin + MAX_QUERIES].to(keys.dtype)
+        lengths = (seen - (queries - begin - part.shape[1])).clamp(min=0)
+        outs.append(_decode_attention(part, keys, values, lengths, scale, window, softcap))
+    return torch.cat(outs, 1).flatten(0, 1)[place].to(q.dtype)
+
+
+@operator(
+    "decoder_layer(Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor cu_seqlens, Tensor lengths,"
+    " int queries, Tensor? cos, Tensor? sin, Tensor?[] norms, Tensor?[] linears,"
+    " Tensor?[] adapters, float[] adapter_scales, Tensor? adapter_of, int heads, int activation,"
+    " bool gated, bool center, float eps, float offset, float scale, int window, float softcap)"
+    " -> Tensor"
+)
+def _decoder_layer(
+    x, keys, values, cu_seqlens, lengths, queries, cos, sin, norms, linears, adapters,
+    adapter_scales, adapter_of, heads, activation, gated, center, eps, offset, scale, window,
+    softcap,
+):  # fmt: skip
+    if len(x) == 0:
+        return x.clone()
+    token = torch.arange(len(x), device=x.device)
+    row = torch.bucketize(token, cu_seqlens[1:].long(), right=True)
+    behind = cu_seqlens[1:].long()[row] - token  # tokens of the row from this one on
+    dim, kv_heads = keys.shape[3], keys.shape[1]
+
+    def norm(x, weight, bias):
+        rows = x.reshape(-1, x.shape[-1])
+        if center:
+            return _layer_norm(rows, None, weight, bias, eps)[0].view_as(x)
+        return _rms_norm(rows, None, weight, eps, offset)[0].view_as(x)
+
+    def apply(x, first, count):
+        return _linears(x, row, linears, adapters, adapter_scales, adapter_of, first, count)
+
+    inputs = 1 if len(linears) == 12 else 3
+    last = len(linears) // 3 - 1
+    qkv = apply(norm(x, norms[0], norms[1]), 0, inputs)
+    q, k, v = (
+        part.unflatten(1, (-1, dim))
+        for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    )
+    q = q if norms[4] is None else norm(q, norms[4], None)
+    k = k if norms[5] is None else norm(k, norms[5], None)
+    if cos is not None:
+        q, k = (y[0] for y in _rotary(q[None], k[None], cos[None], sin[None], 2))
+    slot = lengths.long()[row] - behind
+    keys[row, :, slot] = k.to(keys.dtype)
+    values[row, :, slot] = v.to(values.dtype)
+    seen = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], lengths, 0)
+    place = (row + 1) * queries - behind
+    attended = _attend(q, keys, values, place, seen, queries, scale, window, softcap)
+    x = x + apply(attended.flatten(1), inputs, 1)
+    h = apply(norm(x, norms[2], norms[3]), inputs + 1, last - inputs - 1)
+    gate, up = h.chunk(2, 1) if gated else (h, None)
+    h = _activation(gate, ACTIVATIONS[activation])[0]
+    return x + apply((h if up is None else h * up).contiguous(), last, 1)
+
+
+def decoder_layer(
+    x: Tensor,  # (tokens, hidden)
+    layer: DecoderLayer,
+    keys: Tensor,  # (batch, kv_heads, capacity, head_dim), written
+    values: Tensor,  # (batch, kv_heads, capacity, head_dim), written
+    tokens: Tokens,
+) -> Tensor:
+    """One layer for the new tokens: (tokens, hidden). Their keys and values are put into the cache.
+
+    Dtypes: x float32 on the CPU (what a type loses, the cache and the weights lose); on CUDA x's
+    dtype is that of its kernels' operands. Called under no_grad; nothing is checked that a loop over
+    layers would check again, but on the CPU that all sizes belong together and every slot exists.
+    Raises: RuntimeError that names the argument.
+    """
+    norms, linears, adapters, scales = layer.arguments
+    return _decoder_layer(
+        x, keys, values, tokens.cu_seqlens, tokens.lengths, tokens.queries, tokens.cos, tokens.sin,
+        norms, linears, adapters, scales, tokens.adapter_of, layer.heads,
+        ACTIVATIONS.index(layer.activation), layer.gated, layer.center, layer.eps, layer.offset,
+        layer.scale, layer.window, layer.softcap,
+    )  # fmt: skip

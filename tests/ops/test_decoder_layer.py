@@ -1,0 +1,282 @@
+"""decoder_layer: values against float64, one token at a time or many, alone or beside others."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from truth import assert_close
+
+from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight, Tokens, decoder_layer
+from fastft.ops.quantized_linear import Adapter, QuantizedWeight, quantize
+
+HIDDEN, HEADS, KV_HEADS, DIM, INNER = 36, 6, 2, 10, 44
+CAPACITY = 300
+KINDS = ["separate", "joint", "gpt2", "plain_mlp"]
+STORED = [torch.float32, torch.bfloat16, torch.float16, 8, 4]
+
+
+def stored(weight: Tensor, kind) -> QuantizedWeight:
+    if isinstance(kind, int):
+        return quantize(weight, kind, 32 if kind == 4 else None)
+    return QuantizedWeight(weight.to(kind))
+
+
+def make_layer(kind="separate", weights=torch.float32, ranks=(), seed=0, hidden=HIDDEN, inner=INNER,
+               heads=HEADS, dim=DIM, **settings) -> DecoderLayer:  # fmt: skip
+    torch.manual_seed(seed)
+    q, kv = heads * dim, KV_HEADS * dim
+    sizes = {
+        "separate": [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden),
+                     (inner, hidden), (hidden, inner)],
+        "joint": [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)],
+        "gpt2": [(q + 2 * kv, hidden), (hidden, q), (inner, hidden), (hidden, inner)],
+        "plain_mlp": [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden),
+                      (hidden, inner)],
+    }[kind]  # fmt: skip
+    linears = []
+    for i, (out, inputs) in enumerate(sizes):
+        weight = torch.randn(out, inputs) * inputs**-0.5
+        if kind == "gpt2" and not isinstance(weights, int):
+            held = QuantizedWeight(weight.to(weights).t().contiguous().t())
+        else:
+            held = stored(weight, weights)
+        adapters = tuple(
+            Adapter(torch.randn(rank, inputs) * 0.1, torch.randn(out, rank) * 0.3, 0.5 + j)
+            if rank and (i + j) % 3 else None
+            for j, rank in enumerate(ranks)
+        )  # fmt: skip
+        linears.append(Linear(held, torch.randn(out) * 0.1 if i % 2 == 0 else None, adapters))
+    center = kind == "gpt2"
+
+    def norm(size):
+        return NormWeight(1 + torch.randn(size) * 0.1, torch.randn(size) * 0.1 if center else None)
+
+    settings = {"activation": "gelu_tanh" if center else "silu", "offset": 0.0, **settings}
+    return DecoderLayer(
+        linears=tuple(linears), attention_norm=norm(hidden), mlp_norm=norm(hidden), heads=heads,
+        gated=kind in ("separate", "joint"), center=center, eps=1e-5, scale=dim**-0.5, **settings,
+    )  # fmt: skip
+
+
+def make_cache(batch, dtype=torch.float32, dim=DIM):
+    cache = torch.full((batch, KV_HEADS, CAPACITY, dim), float("nan"), dtype=dtype)
+    return cache, cache.clone()
+
+
+def angles(positions: Tensor, dim=DIM) -> tuple[Tensor, Tensor]:
+    turns = positions[:, None].double() * 100.0 ** -(torch.arange(dim // 2) / dim)
+    turns = torch.cat((turns, turns), 1).float()
+    return turns.cos(), turns.sin()
+
+
+def place(counts, before, adapter_of=None, rotary=True, dim=DIM) -> Tokens:
+    """Rows that have `before` tokens in the cache and get `counts` new ones."""
+    cu = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    lengths = torch.tensor([b + c for b, c in zip(before, counts, strict=True)], dtype=torch.int32)
+    positions = torch.cat(
+        [torch.arange(b, b + c) for b, c in zip(before, counts, strict=True)] or [torch.empty(0)]
+    )
+    cos, sin = angles(positions, dim) if rotary else (None, None)
+    chosen = None if adapter_of is None else torch.tensor(adapter_of, dtype=torch.int32)
+    return Tokens(cu, lengths, max(counts, default=0), cos, sin, chosen)
+
+
+def run(layer, xs: list[Tensor], steps: list[list[int]], cache_dtype=torch.float32,
+        adapter_of=None, dim=DIM) -> list[Tensor]:  # fmt: skip
+    """Each row's outputs, its tokens fed as the steps say: steps[i][row] of them in step i."""
+    keys, values = make_cache(len(xs), cache_dtype, dim)
+    done, outs = [0] * len(xs), [[] for _ in xs]
+    for counts in steps:
+        x = torch.cat([x[d : d + c] for x, d, c in zip(xs, done, counts, strict=True)])
+        tokens = place(counts, done, adapter_of, not layer.center, dim)
+        y = decoder_layer(x, layer, keys, values, tokens)
+        for row, part in enumerate(y.split(counts)):
+            outs[row].append(part)
+            done[row] += counts[row]
+    return [torch.cat(out) for out in outs]
+
+
+def wide(layer: DecoderLayer) -> DecoderLayer:
+    """The same layer in float64: what the stored weights stand for."""
+    from fastft.ops.quantized_linear import dequantize
+
+    def norm(n):
+        return NormWeight(*(None if t is None else t.double() for t in (n.weight, n.bias)))
+
+    linears = tuple(
+        Linear(
+            QuantizedWeight(dequantize(linear.weight, torch.float64)),
+            None if linear.bias is None else linear.bias.double(),
+            tuple(
+                None if a is None else Adapter(a.a.double(), a.b.double(), a.scale)
+                for a in linear.adapters
+            ),
+        )
+        for linear in layer.linears
+    )
+    return DecoderLayer(
+        linears=linears, attention_norm=norm(layer.attention_norm), mlp_norm=norm(layer.mlp_norm),
+        heads=layer.heads, activation=layer.activation, gated=layer.gated, center=layer.center,
+        eps=layer.eps, scale=layer.scale, offset=layer.offset, query_norm=norm(layer.query_norm),
+        key_norm=norm(layer.key_norm), window=layer.window, softcap=layer.softcap,
+    )  # fmt: skip
+
+
+def plain(layer: DecoderLayer, x: Tensor, adapter: int | None = None) -> Tensor:
+    """One row from its first token on, written out in plain PyTorch in x's dtype."""
+    def linear(i, h):
+        held = layer.linears[i]
+        from fastft.ops.quantized_linear import dequantize
+
+        y = h @ dequantize(held.weight, torch.float64).to(h.dtype).t()
+        if held.bias is not None:
+            y = y + held.bias.to(h.dtype)
+        lora = held.adapters[adapter] if adapter is not None else None
+        if lora is not None:
+            y = y + h @ lora.a.to(h.dtype).t() @ lora.b.to(h.dtype).t() * lora.scale
+        return y
+
+    def norm(x, n):
+        if n.weight is None:
+            return x
+        weight = n.weight.to(x.dtype) + layer.offset
+        if layer.center:
+            return torch.nn.functional.layer_norm(
+                x, x.shape[-1:], weight, n.bias.to(x.dtype), layer.eps
+            )
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.eps) * weight
+
+    def rotate(t):
+        if layer.center:
+            return t
+        cos, sin = (a.to(t.dtype)[:, None] for a in angles(torch.arange(len(t)), t.shape[-1]))
+        low, high = t.chunk(2, -1)
+        return t * cos + torch.cat((-high, low), -1) * sin
+
+    h = norm(x, layer.attention_norm)
+    inputs = 1 if len(layer.linears) == 4 else 3
+    qkv = torch.cat([linear(i, h) for i in range(inputs)], 1)
+    dim = qkv.shape[1] // (layer.heads + 2 * KV_HEADS)
+    q, k, v = qkv.unflatten(1, (-1, dim)).split([layer.heads, KV_HEADS, KV_HEADS], 1)
+    q, k = rotate(norm(q, layer.query_norm)), rotate(norm(k, layer.key_norm))
+    k, v = (t.repeat_interleave(layer.heads // KV_HEADS, 1) for t in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * layer.scale
+    if layer.softcap:
+        scores = layer.softcap * torch.tanh(scores / layer.softcap)
+    i = torch.arange(len(x))
+    seen = i[None] <= i[:, None]
+    if layer.window >= 0:
+        seen = seen & (i[:, None] - i[None] < layer.window)
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    x = x + linear(inputs, torch.einsum("hij,jhd->ihd", p, v).flatten(1))
+    h = norm(x, layer.mlp_norm)
+    last = len(layer.linears) - 1
+    h = torch.cat([linear(i, h) for i in range(inputs + 1, last)], 1)
+    gate, up = h.chunk(2, 1) if layer.gated else (h, None)
+    act = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+    }[layer.activation](gate)
+    return x + linear(last, act if up is None else act * up)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", STORED)
+def test_values(kind, weights):
+    sizes = {"hidden": 64, "inner": 96, "dim": 16, "heads": 4} if weights == 4 else {}
+    layer = make_layer(kind, weights, ranks=(5,), **sizes)
+    dim = sizes.get("dim", DIM)
+    x = torch.randn(9, sizes.get("hidden", HIDDEN))
+    (ours,) = run(layer, [x], [[4], [1], [3], [1]], dim=dim)
+    truth = plain(wide(layer), x.double(), 0)
+    assert_close(ours, plain(layer, x, 0), truth, kind)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 3},
+        {"softcap": 2.0},
+        {"offset": 1.0},
+        {"activation": "gelu"},
+        {"query_norm": NormWeight(torch.rand(DIM)), "key_norm": NormWeight(torch.rand(DIM))},
+    ],
+    ids=str,
+)
+def test_settings(settings):
+    layer = make_layer(**settings)
+    x = torch.randn(11, HIDDEN)
+    (ours,) = run(layer, [x], [[5], [1], [4], [1]])
+    assert_close(ours, plain(layer, x), plain(wide(layer), x.double()), str(settings))
+
+
+def test_reference():
+    """What serves CUDA and tracing computes the same, rows of different lengths included."""
+    layer = make_layer(ranks=(4, 3))
+    xs = [torch.randn(n, HIDDEN).double() for n in (7, 21, 2)]
+    steps = [[5, 18, 0], [1, 3, 1], [0, 0, 0], [1, 0, 1]]
+    outs = run(wide(layer), xs, steps, torch.float64, [1, -1, 0])
+    for x, out, adapter in zip(xs, outs, [1, None, 0], strict=True):
+        torch.testing.assert_close(out, plain(wide(layer), x, adapter), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("weights", STORED)
+@pytest.mark.parametrize("kind", ["separate", "gpt2"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits(kind, weights, threads, request):
+    """A row alone a token at a time; in a batch; verified as a draft; as a prompt."""
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(threads)
+    sizes = {"hidden": 160, "inner": 416, "dim": 32, "heads": 8}
+    cache = weights if isinstance(weights, torch.dtype) else torch.float32
+    layer = make_layer(kind, weights, ranks=(8, 3), **sizes)
+    xs = [torch.randn(n, 160) for n in (70, 33, 5)]
+    adapters = [0, -1, 1]
+    alone = [
+        run(layer, [x], [[1]] * len(x), cache, [a], 32)[0] for x, a in zip(xs, adapters, strict=True)
+    ]
+    for steps in (
+        [[70, 33, 5]],
+        [[40, 2, 0], [16, 17, 3], [1, 14, 1], [13, 0, 1]],
+        [[1, 1, 1]] * 5 + [[1, 1, 0]] * 28 + [[7, 0, 0], [16, 0, 0], [14, 0, 0]],
+    ):
+        for row, out in enumerate(run(layer, xs, steps, cache, adapters, 32)):
+            assert torch.equal(out, alone[row]), (row, steps)
+    (first,) = run(layer, xs[:1], [[70]], cache, [0], 32)
+    assert torch.equal(first, alone[0])
+
+
+def test_one_adapter_needs_no_choice():
+    layer, x = make_layer(ranks=(8,)), torch.randn(6, HIDDEN)
+    assert torch.equal(run(layer, [x], [[6]])[0], run(layer, [x], [[6]], adapter_of=[0])[0])
+    assert not torch.allclose(run(layer, [x], [[6]])[0], run(layer, [x], [[6]], adapter_of=[-1])[0])
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        ({"lengths": torch.tensor([CAPACITY + 1], dtype=torch.int32)}, "lengths"),
+        ({"lengths": torch.tensor([1], dtype=torch.int32)}, "lengths"),
+        ({"cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, "cu_seqlens"),
+        ({"queries": 1}, "queries"),
+        ({"adapter_of": torch.tensor([1], dtype=torch.int32)}, "adapter_of"),
+        ({"cos": torch.zeros(3, DIM)}, "cos"),
+    ],
+    ids=str,
+)
+def test_refuses(broken, message):
+    layer, (keys, values) = make_layer(), make_cache(1)
+    good = vars(place([2], [0]))
+    with pytest.raises(RuntimeError, match=message):
+        decoder_layer(torch.randn(2, HIDDEN), layer, keys, values, Tokens(**good | broken))
+    assert keys.isnan().all()
+    wrong = make_layer(hidden=HIDDEN, inner=INNER)
+    linears = (*wrong.linears[:3], wrong.linears[6], *wrong.linears[4:])
+    wrong = DecoderLayer(**{
+        name: value for name, value in vars(wrong).items() if name not in ("arguments", "linears")
+    }, linears=linears)  # fmt: skip
+    with pytest.raises(RuntimeError, match="linears"):
+        decoder_layer(torch.randn(2, HIDDEN), wrong, keys, values, Tokens(**good))
