@@ -6,46 +6,51 @@ a drafted token of the row is accepted, given that those before it were, it gain
     sum_r E_r,   E_r = 1 + a_r + … + a_r^n_r = (1 - a_r^(n_r + 1)) / (1 - a_r)       tokens in
     step(R + sum n_r) + drafting * max n_r                                            seconds
 
-and the lengths with most tokens per second are taken. a and both costs are measured as decoding
-goes on. E_r grows ever slower in n_r, so for any sum of lengths the best ones take the largest
-a_r^k first: one pass over them, in that order, sees every best choice. The formula is that of
-Leviathan et al. 2023 (arXiv 2211.17192, theorem 3.8), with a measured cost in place of a constant.
+and the lengths with most tokens per second are taken, a token of one row being worth as much as
+one of another: rows that end early make room. a and both costs are measured as decoding goes on.
+E_r grows ever slower in n_r, so for any sum of lengths the best ones take the largest a_r^k first:
+one pass over them, in that order, sees every best choice. The formula is that of Leviathan et al.
+2023 (arXiv 2211.17192, theorem 3.8), with measured costs in place of a constant.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heapreplace
 
-FORGETTING = 0.93  # of a row's acceptance, per draft
+FORGETTING = 0.95  # of a row's acceptance, per draft
 POOL_FORGETTING = 0.98  # of the acceptance of all rows
 EXPECTED = 0.6  # acceptance before anything is known, as if seen in CERTAINTY tokens
-CERTAINTY = 2.0
+CERTAINTY = 3.0
 SMOOTHING = 0.2  # weight of the newest measurement of a cost
+LASTING = 8  # measurements beyond which a cost gets no surer
 SLOPE = 0.1  # before anything is known, what a token more costs, in tokens of the narrowest step
-REFRESH = 128  # rounds after which a step without drafts is measured again
+REFRESH = 16  # rounds after which a step without drafts is measured again, by measurements so far
 STALE = 1024  # rounds after which the cost of a width is forgotten
 PROBING = 0.01  # of the time may go into drafts that are not expected to pay
 CREDIT = 4.0  # plain steps of earlier gains that may be lost again
 
 
-def _smoothed(old: float | None, new: float) -> float:
-    if old is None:
+def _smoothed(old: float, measurements: int, new: float) -> float:
+    """The mean of the first measurements, then one that forgets."""
+    if not measurements:
         return new
     # A step that took ten times as long met something else on the machine.
-    return old + SMOOTHING * (min(max(new, old / 2), old * 2) - old)
+    new = min(max(new, old / 2), old * 2)
+    return old + max(SMOOTHING, 1 / (measurements + 1)) * (new - old)
 
 
 class StepCost:
     """Seconds of a step by the number of its tokens: measured, monotone, linear in between."""
 
     def __init__(self):
-        self._points: dict[int, list[float]] = {}  # tokens: [seconds, measurements, last round]
+        self._points: dict[int, tuple[float, int, int]] = {}  # tokens: seconds, measurements, round
         self._widths: list[int] = []
         self._seconds: list[float] = []
 
     def observe(self, tokens: int, seconds: float, now: int) -> None:
-        point = self._points.setdefault(tokens, [None, 0, now])
-        point[:] = _smoothed(point[0], seconds), min(point[1] + 1, 1 / SMOOTHING), now
+        old, measurements, _ = self._points.get(tokens, (0.0, 0, now))
+        new = _smoothed(old, measurements, seconds)
+        self._points[tokens] = new, min(measurements + 1, LASTING), now
         for width in [w for w, p in self._points.items() if now - p[2] > STALE]:
             del self._points[width]
         # Pool adjacent violators: the nearest costs that do not fall as tokens are added.
@@ -61,9 +66,13 @@ class StepCost:
         self._widths = [width for _, _, widths in pools for width in widths]
         self._seconds = [cost for cost, _, widths in pools for _ in widths]
 
-    def age(self, tokens: int, now: int) -> float:
-        """Rounds since a step of so many tokens was measured; inf if never."""
-        return now - self._points[tokens][2] if tokens in self._points else float("inf")
+    def known(self, tokens: int) -> bool:
+        return tokens in self._points
+
+    def fresh(self, tokens: int, now: int) -> bool:
+        """Whether a step of so many tokens was measured lately, the surer the longer ago."""
+        _, measurements, last = self._points.get(tokens, (0.0, 0, 0))
+        return now - last <= REFRESH * measurements and measurements > 0
 
     def __call__(self, tokens: int) -> float:
         widths, seconds = self._widths, self._seconds
@@ -102,7 +111,8 @@ class DraftLength:
 
     def __init__(self):
         self._step = StepCost()
-        self._drafting: float | None = None  # seconds per position drafted
+        self._drafting = 0.0  # seconds per position drafted
+        self._draftings = 0  # measurements of it
         self._rows: dict[int, dict[int, list[float]]] = {}  # row: {kind: [accepted, tried]}
         self._pool: dict[int, list[float]] = {}  # kind: [accepted, tried]
         self._round = 0
@@ -111,7 +121,7 @@ class DraftLength:
         self._accepted = 0
         self._probe = False
         self._probed: dict[int, int] = {}  # row: round
-        self._unprobed = 0.0  # seconds since the last draft
+        self._unprobed = 0.0  # seconds since the last probe
         self._credit: float | None = None  # seconds
 
     def acceptance(self, row: int, kind: int = 0) -> float:
@@ -151,7 +161,8 @@ class DraftLength:
     def observe_draft(self, tokens: int, seconds: float) -> None:
         """Time of drafting: tokens are those of the longest draft, as rows are drafted together."""
         if tokens:
-            self._drafting = _smoothed(self._drafting, seconds / tokens)
+            self._drafting = _smoothed(self._drafting, self._draftings, seconds / tokens)
+            self._draftings += 1
 
     def drop(self, row: int) -> None:
         """Forgets a row that has ended; what it told about all rows stays."""
@@ -161,57 +172,79 @@ class DraftLength:
     def _settle(self) -> None:
         """Books the last round: its estimated time, against that of its tokens without drafts."""
         rows, accepted, self._accepted = len(self._chosen), self._accepted, 0
-        if not rows or self._step.age(rows, self._round) == float("inf"):
+        if not self._step.known(rows):
             return
         plain, longest = self._step(rows), max(self._chosen.values())
-        spent = self._step(rows + sum(self._chosen.values())) + longest * (self._drafting or 0.0)
+        spent = self._step(rows + sum(self._chosen.values())) + longest * self._drafting
         if self._credit is None:
             self._credit = plain
         gained = (rows + accepted) * plain / rows - spent
         if not self._probe:
             self._credit = min(self._credit + gained, CREDIT * plain) + PROBING * spent
-        self._unprobed = 0.0 if longest else self._unprobed + spent
+        self._unprobed += spent
 
     def _lengths(self, offers) -> tuple[list[int], bool]:
-        rows, nothing = len(offers), [0] * len(offers)
-        drafting = self._drafting or 0.0
-        # Nothing is worth a draft where its gain cannot be told.
-        if self._step.age(rows, self._round) > REFRESH or not any(n for _, n, _ in offers):
-            return nothing, False
-        plain = self._step(rows)
-        if self._credit is not None and self._credit < 0:
-            return self._probing(offers, plain)
-        best, gain = nothing, 1.01 * rows / plain  # a gain too small to be sure of is none
-        lengths, tokens, deepest = list(nothing), float(rows), 0
-        heap = []
-        for index, (row, available, kind) in enumerate(offers):
-            most = min(available, self._longest)
-            if most > 0:
-                a = self.acceptance(row, kind)
-                heap.append((-a, index, a, most))
-        heapify(heap)
-        for width in range(rows + 1, rows + 1 + sum(most for *_, most in heap)):
-            negative, index, a, most = heap[0]
-            if negative > -0.01:
-                break
-            tokens -= negative
-            lengths[index] += 1
-            deepest = max(deepest, lengths[index])
-            rate = tokens / (self._step(width) + drafting * deepest)
-            if rate > gain:
-                best, gain = list(lengths), rate
-            more = negative * a if lengths[index] < most else 0.0
-            heapreplace(heap, (more, index, a, most))
-        return (best, False) if any(best) else self._probing(offers, plain)
-
-    def _probing(self, offers, plain: float) -> tuple[list[int], bool]:
-        """One token of the row that has waited longest, when enough time has gone by for it."""
+        """Lengths, and whether nothing but a probe is in them."""
         lengths = [0] * len(offers)
-        price = self._step(len(offers) + 1) + (self._drafting or 0.0) - plain
-        if self._unprobed * PROBING < price:
+        # Nothing is worth a draft where its gain cannot be told.
+        if not self._step.fresh(len(offers), self._round):
             return lengths, False
-        waiting = [index for index, (_, available, _) in enumerate(offers) if available > 0]
-        index = min(waiting, key=lambda index: self._probed.get(offers[index][0], 0))
-        lengths[index] = 1
+        if self._credit is None or self._credit >= 0:
+            lengths = self._best(offers)
+        pays = any(lengths)
+        return lengths, self._add_probe(offers, lengths) and not pays
+
+    def _best(self, offers) -> list[int]:
+        """The lengths with most tokens per second."""
+        best = [0] * len(offers)
+        rate = (
+            1.02 * len(offers) / self._step(len(offers))
+        )  # a gain too small to be sure of is none
+        rows = [
+            (self.acceptance(row, kind), index, min(available, self._longest))
+            for index, (row, available, kind) in enumerate(offers)
+            if available > 0
+        ]
+        deepest = max((most for *_, most in rows), default=0)
+        # All rows share what a position costs to draft, so it is either paid for or not.
+        for depth in range(1 if self._drafting else deepest, deepest + 1):
+            lengths, found = self._best_within(rows, len(offers), depth)
+            if found > rate:
+                best, rate = lengths, found
+            elif any(best):
+                break
+        return best
+
+    def _best_within(self, rows, width: int, depth: int) -> tuple[list[int], float]:
+        """The best lengths up to depth, and their tokens per second."""
+        tokens, order, best, rate = float(width), [], 0, 0.0
+        heap = [(-a, index, a, min(most, depth)) for a, index, most in rows]
+        heapify(heap)
+        while heap and heap[0][0] < -0.01:
+            gain, index, a, left = heap[0]
+            tokens -= gain
+            order.append(index)
+            found = tokens / (self._step(width + len(order)) + self._drafting * depth)
+            if found > rate:
+                best, rate = len(order), found
+            if left > 1:
+                heapreplace(heap, (gain * a, index, a, left - 1))
+            else:
+                heappop(heap)
+        lengths = [0] * width
+        for index in order[:best]:
+            lengths[index] += 1
+        return lengths, rate
+
+    def _add_probe(self, offers, lengths: list[int]) -> bool:
+        """One token for the undrafted row that has waited longest, if enough time has gone by."""
+        waiting = [i for i, offer in enumerate(offers) if offer[1] > 0 and not lengths[i]]
+        width = len(offers) + sum(lengths)
+        price = self._step(width + 1) - self._step(width)
+        price += 0.0 if any(lengths) else self._drafting
+        if not waiting or self._unprobed * PROBING < price:
+            return False
+        index = min(waiting, key=lambda i: self._probed.get(offers[i][0], 0))
+        lengths[index], self._unprobed = 1, 0.0
         self._probed[offers[index][0]] = self._round
-        return lengths, True
+        return True
