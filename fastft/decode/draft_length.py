@@ -104,9 +104,10 @@ class DraftLength:
     token is the one that came: observe(row, 1, came, kind).
 
     How a loss is kept small: every round is booked against the same tokens decoded without drafts.
-    When more was lost than one step and a hundredth of the time, nothing is drafted until it is
-    made up for, but for probes: one token of one row, and no more of them than cost a hundredth of
-    the time if none is accepted. Gains are booked too, up to CREDIT steps.
+    A round risks at most one step more than was gained before; once there is a loss, nothing is
+    drafted until a hundredth of the time has made up for it, but for probes: one token of one row,
+    and no more of them than cost a hundredth of the time if none is accepted. So whatever the text,
+    the loss is a step and two hundredths of the time.
     """
 
     def __init__(self):
@@ -122,7 +123,7 @@ class DraftLength:
         self._probe = False
         self._probed: dict[int, int] = {}  # row: round
         self._unprobed = 0.0  # seconds since the last probe
-        self._credit: float | None = None  # seconds
+        self._credit = 0.0  # seconds that may be lost
 
     def acceptance(self, row: int, kind: int = 0) -> float:
         """Probability that a drafted token is accepted, if those before it were."""
@@ -176,8 +177,6 @@ class DraftLength:
             return
         plain, longest = self._step(rows), max(self._chosen.values())
         spent = self._step(rows + sum(self._chosen.values())) + longest * self._drafting
-        if self._credit is None:
-            self._credit = plain
         gained = (rows + accepted) * plain / rows - spent
         if not self._probe:
             self._credit = min(self._credit + gained, CREDIT * plain) + PROBING * spent
@@ -189,7 +188,7 @@ class DraftLength:
         # Nothing is worth a draft where its gain cannot be told.
         if not self._step.fresh(len(offers), self._round):
             return lengths, False
-        if self._credit is None or self._credit >= 0:
+        if self._credit >= 0:
             lengths = self._best(offers)
         pays = any(lengths)
         return lengths, self._add_probe(offers, lengths) and not pays
@@ -218,15 +217,17 @@ class DraftLength:
     def _best_within(self, rows, width: int, depth: int) -> tuple[list[int], float]:
         """The best lengths up to depth, and their tokens per second."""
         tokens, order, best, rate = float(width), [], 0, 0.0
+        # If nothing is accepted, a round loses at most one plain step more than the credit.
+        limit = 2 * self._step(width) + self._credit
         heap = [(-a, index, a, min(most, depth)) for a, index, most in rows]
         heapify(heap)
         while heap and heap[0][0] < -0.01:
             gain, index, a, left = heap[0]
             tokens -= gain
             order.append(index)
-            found = tokens / (self._step(width + len(order)) + self._drafting * depth)
-            if found > rate:
-                best, rate = len(order), found
+            spent = self._step(width + len(order)) + self._drafting * depth
+            if tokens / spent > rate and spent <= limit:
+                best, rate = len(order), tokens / spent
             if left > 1:
                 heapreplace(heap, (gain * a, index, a, left - 1))
             else:
