@@ -1,1 +1,1 @@
-"""Generates text from a model; speculation leaves the distribution of every token as it is."""
+"""Decoding: KV cache, decode step, sampling and lossless speculation, quantised weights."""

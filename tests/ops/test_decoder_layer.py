@@ -125,6 +125,7 @@ def wide(layer: DecoderLayer) -> DecoderLayer:
 
 def plain(layer: DecoderLayer, x: Tensor, adapter: int | None = None) -> Tensor:
     """One row from its first token on, written out in plain PyTorch in x's dtype."""
+
     def linear(i, h):
         held = layer.linears[i]
         from fastft.ops.quantized_linear import dequantize
@@ -236,7 +237,8 @@ def test_same_bits(kind, weights, threads, request):
     xs = [torch.randn(n, 160) for n in (70, 33, 5)]
     adapters = [0, -1, 1]
     alone = [
-        run(layer, [x], [[1]] * len(x), cache, [a], 32)[0] for x, a in zip(xs, adapters, strict=True)
+        run(layer, [x], [[1]] * len(x), cache, [a], 32)[0]
+        for x, a in zip(xs, adapters, strict=True)
     ]
     for steps in (
         [[70, 33, 5]],

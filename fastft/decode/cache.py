@@ -1,0 +1,156 @@
+"""KVCache: keys and values of all layers in memory taken once, each row of its own length.
+
+Appending writes one slot and rolling back changes a length: nothing is copied, where transformers'
+default cache copies all it holds for each token. It is a transformers `Cache`, so `model.generate`
+takes it as `past_key_values`; there all rows are as long as each other, and padding lies in slots.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+SPARE = 64  # slots that growing adds at least
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim)."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, owner: "KVCache"):
+        super().__init__()
+        self.owner = owner
+        self.used = 0  # slots that `update` has filled
+
+    def allocate(self, batch: int, heads: int, dim: int, dtype, device) -> None:
+        shape = (batch, heads, self.owner.capacity, dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.dtype, self.device, self.is_initialized = dtype, device, True
+
+    def grow(self) -> None:
+        if not self.is_initialized or self.keys.shape[2] >= self.owner.capacity:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], self.owner.capacity, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    # ---- what transformers asks of a layer: rows of the same length --------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.shape[-1] != value_states.shape[-1]:
+            raise ValueError("KVCache: expected keys and values of one head dimension")
+        batch, heads, _, dim = key_states.shape
+        self.allocate(batch, heads, dim, key_states.dtype, key_states.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.owner.need_even_rows()
+        end = self.used + key_states.shape[2]
+        self.owner.reserve(end)
+        self.keys[:, :, self.used : end] = key_states
+        self.values[:, :, self.used : end] = value_states
+        self.used = end
+        # Not set_lengths: the layers above have not been given theirs yet.
+        self.owner.lengths = [end] * len(key_states)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.used + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.used = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last -tokens_to_remove slots, as transformers' layers count."""
+        self.used = max(self.used + min(tokens_to_remove, 0), 0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx.to(self.keys.device))
+
+    def _map(self, change) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+
+class KVCache(Cache):
+    """`lengths[row]` slots of each row are in use; room for `capacity`, which grows on demand."""
+
+    def __init__(self, layers: int, capacity: int = 0):
+        self.capacity = capacity
+        self.lengths: list[int] = []
+        super().__init__(layers=[KVLayer(self) for _ in range(layers)])
+
+    def allocate(self, batch: int, heads: int, dim: int, dtype, device) -> None:
+        """Takes the memory of all layers; rows start empty."""
+        self.lengths = [0] * batch
+        for layer in self.layers:
+            layer.allocate(batch, heads, dim, dtype, device)
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for so many slots a row, keeping what is there."""
+        if capacity > self.capacity:
+            # By half more, so that a cache that grows slot by slot is seldom copied.
+            self.capacity = max(capacity, self.capacity + self.capacity // 2, SPARE)
+        for layer in self.layers:
+            layer.grow()
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self._sync_used()
+
+    def roll_back(self, row: int, length: int) -> None:
+        """Forgets what the row holds beyond `length`."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(
+                f"length: expected 0 to the row's {self.lengths[row]} slots, got {length}"
+            )
+        self.lengths[row] = length
+        self._sync_used()
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Keeps these rows, in this order; a row may be repeated."""
+        indices = torch.tensor(rows)
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.batch_select_indices(indices.to(layer.device))
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def need_even_rows(self) -> None:
+        if len(set(self.lengths)) > 1:
+            raise ValueError(
+                f"past_key_values: rows of different lengths ({min(self.lengths)} to "
+                f"{max(self.lengths)}) need fastft.generate: a model's forward expects them even"
+            )
+
+    def crop(self, max_length: int) -> None:
+        """As transformers has it: to max_length slots, or by that many where negative."""
+        keep = max_length if max_length >= 0 else max(self.lengths, default=0) + max_length
+        self.set_lengths([min(length, max(keep, 0)) for length in self.lengths])
+
+    def reset(self) -> None:
+        self.set_lengths([0] * len(self.lengths))
+
+    def _sync_used(self) -> None:
+        # A ragged cache refuses `update`, so one number does for all rows.
+        used = max(self.lengths, default=0)
+        for layer in self.layers:
+            layer.used = used

@@ -1,0 +1,82 @@
+"""From logits to tokens: processors, and greedy or random choice, as transformers makes them."""
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+# Processors that read scores alone: all rows and draft positions may be given to them at once.
+_MEMORYLESS = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper",
+        "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper",
+        "InfNanRemoveLogitsProcessor", "LogitNormalization", "SuppressTokensLogitsProcessor",
+    )
+    if hasattr(logits_process, name)
+)  # fmt: skip
+
+
+class Chooser:
+    """The processors and the choice of one call; `ids` are its rows as transformers shows them,
+    up to `ends`, which the loop moves on."""
+
+    def __init__(self, prepared, ids: Tensor, ends: list[int], generator: torch.Generator | None):
+        self.processors = prepared.processors
+        self.sample = prepared.config.do_sample
+        self.ids, self.ends, self.generator = ids, ends, generator
+        self.memoryless = all(type(p) in _MEMORYLESS for p in self.processors)
+        self.all_scores: Tensor | None = None
+
+    def together(self, active: list[int], logits: Tensor, end: int) -> tuple[Tensor, list[int]]:
+        """Scores and tokens of the unfinished rows, which are all `end` long.
+
+        Finished rows keep their last scores and are drawn again, and thrown away, so that sampling
+        takes the random numbers transformers takes.
+        """
+        rows = len(self.ids)
+        if self.all_scores is None or len(active) == rows:
+            self.all_scores = logits
+        else:
+            self.all_scores = self.all_scores.index_copy(
+                0, torch.tensor(active, device=logits.device), logits
+            )
+        scores = self.all_scores
+        if len(self.processors):
+            scores = self.processors(self.ids[:, :end], self.all_scores.clone())
+        if not self.sample:
+            tokens = scores.argmax(-1).tolist()
+        else:
+            chances = scores.softmax(-1)
+            tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0].tolist()
+        return scores[active] if len(active) < rows else scores, [tokens[row] for row in active]
+
+    def scores(self, rows: list[int], logits: Tensor, behind: list[list[int]]) -> Tensor:
+        """Processed logits (n, vocabulary); behind[i] are drafted tokens that follow row rows[i]."""
+        if not len(self.processors):
+            return logits
+        if self.memoryless:
+            return self.processors(self.ids[:1, :1], logits.clone())
+        out = []
+        for i, (row, tokens) in enumerate(zip(rows, behind, strict=True)):
+            history = self.ids[row, : self.ends[row]]
+            if tokens:
+                history = torch.cat((history, history.new_tensor(tokens)))
+            out.append(self.processors(history[None], logits[i : i + 1].clone()))
+        return torch.cat(out)
+
+    def pick(self, scores: Tensor) -> list[int]:
+        """A token for every row of scores."""
+        if not self.sample:
+            return scores.argmax(-1).tolist()
+        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0].tolist()
+
+    def draft(
+        self, rows: list[int], logits: Tensor, behind: list[list[int]]
+    ) -> tuple[list[int], list[Tensor | None]]:
+        """A drafted token for each row, and the probabilities it was drawn with."""
+        scores = self.scores(rows, logits, behind)
+        if not self.sample:
+            return scores.argmax(-1).tolist(), [None] * len(rows)
+        q = scores.softmax(-1)
+        tokens = torch.multinomial(q, 1, generator=self.generator)[:, 0].tolist()
+        return tokens, list(q)

@@ -1,0 +1,311 @@
+"""Reads a causal language model into `DecoderLayer`s: Llama-type models and GPT-2.
+
+A model is recognised by the modules its layers are made of, and confirmed once by its own logits on
+a few tokens. The weights stay where they are; what is read here are references, taken at each call
+of `fastft.generate`, so training in place is seen by the next one.
+"""
+
+import sys
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
+from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
+from fastft.patch import norm as norms
+from fastft.patch.confirm import Unlike
+from fastft.patch.swap import has_own_forward, is_hooked
+
+_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
+_ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
+_MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+_HEAD_NORMS = {"q_norm", "k_norm"}
+# Modules without weights that are computed here by what they are.
+_PASSIVE = (nn.Dropout, nn.Identity)
+DECODE_WEIGHT = "_fastft_decode_weight"
+_ACTIVATION_NAMES = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+
+
+class Unfit(Exception):
+    """The fused step does not cover this model; the message says why."""
+
+
+@dataclass(frozen=True)
+class FusedModel:
+    """What a decode step reads."""
+
+    layers: tuple[DecoderLayer, ...]
+    embedding: Tensor  # (vocabulary, hidden)
+    positions: Tensor | None  # (positions, hidden), learned
+    rotary: nn.Module | None
+    final_norm: NormWeight
+    head: Linear
+    dtype: torch.dtype  # of the cache
+
+    @property
+    def kv_heads(self) -> int:
+        first = self.layers[0]
+        rows = sum(linear.weight.shape[0] for linear in first.linears[: self.inputs])
+        return (rows // self.head_dim - first.heads) // 2
+
+    @property
+    def inputs(self) -> int:
+        return 1 if len(self.layers[0].linears) == 4 else 3
+
+    @property
+    def head_dim(self) -> int:
+        output = self.layers[0].linears[self.inputs]
+        return output.weight.shape[1] // self.layers[0].heads
+
+
+def _own(module: nn.Module, what: str) -> None:
+    if is_hooked(module):
+        raise Unfit(f"hooks on {what}")
+    if has_own_forward(module):
+        raise Unfit(f"{what} has a forward of its own")
+
+
+def _child(module: nn.Module, name: str) -> nn.Module:
+    child = getattr(module, name)
+    _own(child, name)
+    return child
+
+
+def _weight(tensor: Tensor, what: str) -> Tensor:
+    data = tensor.detach()
+    if type(data) is not Tensor or data.is_meta:
+        raise Unfit(f"{what} is a {type(data).__name__}")
+    if data.dtype not in FLOATS:
+        raise Unfit(f"{what} is of {data.dtype}")
+    return data
+
+
+def _stored(module: nn.Module, what: str) -> tuple[QuantizedWeight, Tensor | None]:
+    """Weight (out, in) and bias of a plain linear layer or of GPT-2's Conv1D."""
+    utils = sys.modules.get("transformers.pytorch_utils")
+    transposed = utils is not None and type(module) is utils.Conv1D
+    if type(module) is not nn.Linear and not transposed:
+        raise Unfit(f"{what} is a {type(module).__name__}")
+    weight = _weight(module.weight, what)
+    held = vars(module).get(DECODE_WEIGHT)
+    bias = None if module.bias is None else _weight(module.bias, what)
+    return held or QuantizedWeight(weight.t() if transposed else weight), bias
+
+
+def read_linear(module: nn.Module, what: str, names: tuple[str, ...] | None) -> Linear:
+    """A linear layer with the adapters `names`, or where None the one that is active."""
+    _own(module, what)
+    peft_lora = sys.modules.get("peft.tuners.lora.layer")
+    if peft_lora is None or not isinstance(module, peft_lora.LoraLayer):
+        held, bias = _stored(module, what)
+        return Linear(held, bias, (None,) * (1 if names is None else len(names)))
+    base = module.get_base_layer()
+    _own(base, what)
+    held, bias = _stored(base, what)
+    if names is not None:
+        if module.merged:
+            raise Unfit("adapter_names with merged adapters")
+        return Linear(held, bias, tuple(_adapter(module, name, what) for name in names))
+    if module.disable_adapters or module.merged:
+        if DECODE_WEIGHT in vars(base) and module.merged:
+            raise Unfit("decode_weights under merged adapters")
+        return Linear(held, bias, (None,))
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) > 1:
+        raise Unfit("several active adapters")
+    return Linear(held, bias, (_adapter(module, active[0], what) if active else None,))
+
+
+def _adapter(module: nn.Module, name: str, what: str) -> Adapter | None:
+    if name not in module.lora_A:
+        return None
+    if name in module.lora_variant:
+        raise Unfit(f"a LoRA variant such as DoRA on {what}")
+    low, high = module.lora_A[name], module.lora_B[name]
+    for part in (low, high, module.lora_dropout[name]):
+        _own(part, what)
+    if type(low) is not nn.Linear or type(high) is not nn.Linear or high.bias is not None:
+        raise Unfit(f"adapter factors of {what} that are no plain nn.Linear")
+    if low.weight.shape[0] > MAX_RANK:
+        raise Unfit(f"rank {low.weight.shape[0]} of {what} is above {MAX_RANK}")
+    a, b = _weight(low.weight, what), _weight(high.weight, what)
+    return Adapter(a, b, float(module.scaling[name]))
+
+
+def _norm(module: nn.Module) -> tuple[norms.Norm, NormWeight]:
+    _own(module, "a norm")
+    if not norms.is_candidate(module):
+        raise Unfit(f"{type(module).__name__} is no norm that is known")
+    try:
+        kind = norms.recognise(module)
+    except Unlike as unlike:
+        raise Unfit(f"{type(module).__name__} {unlike}") from unlike
+    bias = module._parameters.get("bias")
+    return kind, NormWeight(
+        _weight(module.weight, "a norm"), None if bias is None else _weight(bias, "a norm")
+    )
+
+
+def _activation(module, what: str) -> str:
+    from transformers.activations import ACT2FN
+
+    for name, activation in _ACTIVATION_NAMES.items():
+        if name in ACT2FN and type(ACT2FN[name]) is type(module):
+            # One class serves GELU and its approximation.
+            exact = getattr(module, "approximate", "none") == "none"
+            return "gelu" if type(module) is nn.GELU and exact else activation
+    raise Unfit(f"activation {type(module).__name__} of {what}")
+
+
+def _named(module: nn.Module) -> set[str]:
+    return {
+        name
+        for name, child in module._modules.items()
+        if child is not None and (any(True for _ in child.parameters()) or child._modules)
+    }
+
+
+def _llama_layer(layer: nn.Module, names) -> DecoderLayer:
+    attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
+    if _named(attention) - _HEAD_NORMS not in _ATTENTION or _named(mlp) not in _MLP:
+        raise Unfit(f"{type(layer).__name__} has other parts than a Llama layer")
+    separate = hasattr(attention, "q_proj")
+    attending = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
+    gating = ("gate_proj", "up_proj") if hasattr(mlp, "gate_proj") else ("gate_up_proj",)
+    if len(attending) == 3 and len(gating) == 1 or len(attending) == 1 and len(gating) == 2:
+        raise Unfit("projections joined in one half of the layer only")
+    linears = [
+        *(read_linear(getattr(attention, name), name, names) for name in attending),
+        read_linear(attention.o_proj, "o_proj", names),
+        *(read_linear(getattr(mlp, name), name, names) for name in gating),
+        read_linear(mlp.down_proj, "down_proj", names),
+    ]
+    kind, attention_norm = _norm(layer.input_layernorm)
+    other, mlp_norm = _norm(layer.post_attention_layernorm)
+    heads = {}
+    for name, role in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
+        module = getattr(attention, name, None)
+        if module is not None:
+            own, heads[role] = _norm(module)
+            other = own if own != kind else other
+    if other != kind:
+        raise Unfit("norms of several kinds in one layer")
+    head_dim = attention.head_dim
+    if any(weight.weight.shape != (head_dim,) for weight in heads.values()):
+        raise Unfit("norms over all heads at once")
+    window = getattr(attention, "sliding_window", None)
+    return DecoderLayer(
+        linears=tuple(linears), attention_norm=attention_norm, mlp_norm=mlp_norm,
+        heads=linears[len(attending)].weight.shape[1] // head_dim,
+        activation=_activation(getattr(mlp, "act_fn", None) or mlp.activation_fn, "the MLP"),
+        gated=True, center=kind.raw == "layer_norm", eps=kind.eps, offset=kind.offset,
+        scale=attention.scaling, window=-1 if window is None else window, **heads,
+    )  # fmt: skip
+
+
+def _gpt2_layer(block: nn.Module, names) -> DecoderLayer:
+    attention, mlp = _child(block, "attn"), _child(block, "mlp")
+    if _named(attention) != {"c_attn", "c_proj"} or _named(mlp) != {"c_fc", "c_proj"}:
+        raise Unfit(f"{type(block).__name__} has other parts than a GPT-2 block")
+    kind, attention_norm = _norm(block.ln_1)
+    other, mlp_norm = _norm(block.ln_2)
+    if other != kind:
+        raise Unfit("norms of several kinds in one layer")
+    scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+    if getattr(attention, "scale_attn_by_inverse_layer_idx", False):
+        scale /= attention.layer_idx + 1
+    parts = ((attention, "c_attn"), (attention, "c_proj"), (mlp, "c_fc"), (mlp, "c_proj"))
+    return DecoderLayer(
+        linears=tuple(read_linear(getattr(owner, name), name, names) for owner, name in parts),
+        attention_norm=attention_norm, mlp_norm=mlp_norm, heads=attention.num_heads,
+        activation=_activation(mlp.act, "the MLP"), gated=False, center=kind.raw == "layer_norm",
+        eps=kind.eps, scale=scale,
+    )  # fmt: skip
+
+
+def _dropout(model: nn.Module) -> bool:
+    return any(
+        isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()
+    ) or any(
+        m.training and isinstance(getattr(m, "attention_dropout", None), float)
+        and m.attention_dropout > 0 for m in model.modules()
+    )  # fmt: skip
+
+
+def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
+    """The model as the fused step takes it, with its active adapter or the adapters `names`.
+
+    Raises: Unfit that says why this model takes another path.
+    """
+    base = getattr(model, "model", None) or getattr(model, "transformer", None)
+    head = model.get_output_embeddings()
+    if base is None or head is None:
+        raise Unfit(f"{type(model).__name__} is no causal language model that is known")
+    if _dropout(model):
+        raise Unfit("the model is in training mode with dropout: call model.eval()")
+    for module in (model, base):
+        if is_hooked(module):
+            raise Unfit(f"hooks on {type(module).__name__}")
+    if hasattr(base, "layers") and hasattr(base, "rotary_emb"):
+        parts, read_layer, made_of = base.layers, _llama_layer, _LAYER
+        final, embedding, positions = base.norm, base.embed_tokens, None
+        rotary = _child(base, "rotary_emb")
+        if rotary.rope_type in ("dynamic", "longrope"):
+            raise Unfit(f"rotary angles of type {rotary.rope_type} depend on the length")
+    elif hasattr(base, "h") and hasattr(base, "wpe"):
+        parts, read_layer, made_of = base.h, _gpt2_layer, _BLOCK
+        final, embedding, rotary = base.ln_f, base.wte, None
+        positions = _weight(_child(base, "wpe").weight, "positions")
+    else:
+        raise Unfit(f"{type(base).__name__} has neither Llama's nor GPT-2's parts")
+    layers = []
+    for layer in parts:
+        _own(layer, "a layer")
+        if _named(layer) != made_of:
+            raise Unfit(f"{type(layer).__name__} has other parts than {sorted(made_of)}")
+        layers.append(read_layer(layer, names))
+    if not layers:
+        raise Unfit("no layers")
+    kind, final_norm = _norm(final)
+    first = layers[0]
+    if (kind.eps, kind.offset) != (first.eps, first.offset):
+        raise Unfit("a final norm of another kind than the layers'")
+    if type(embedding) is not nn.Embedding:
+        raise Unfit(f"an embedding of type {type(embedding).__name__}")
+    _own(embedding, "the embedding")
+    table = _weight(embedding.weight, "the embedding")
+    top = read_linear(head, "the head", names)
+    if names is not None and any(adapter is not None for adapter in top.adapters):
+        raise Unfit("adapter_names with an adapter on the head")
+    return FusedModel(tuple(layers), table, positions, rotary, final_norm, top, table.dtype)
+
+
+_confirmed: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def confirm(model: nn.Module, fused: FusedModel, logits_of) -> None:
+    """Raises Unfit unless the model's own logits agree on a few tokens; asked once per model.
+
+    logits_of(fused, ids) gives ours for the last position of each row. What a model stores in
+    eight bits or less for decoding differs by design and is confirmed without.
+    """
+    key = tuple(type(m) for m in model.modules())
+    if _confirmed.get(model) == key:
+        return
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(fused.embedding), (2, 7), generator=generator)
+    ids = ids.to(fused.embedding.device)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        ours = logits_of(fused, ids).float()
+    gap = float((ours - theirs).norm() / theirs.norm())
+    limit = 1e-3 if fused.dtype is torch.float32 else 0.1
+    if not gap <= limit:
+        raise Unfit(f"its logits differ (by {gap:.2g}): it computes something else")
+    _confirmed[model] = key

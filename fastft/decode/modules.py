@@ -1,0 +1,86 @@
+"""ModuleStep: the decode step of a model that `decoder_layer` does not cover, by its own modules.
+
+All rows share the slots of one cache; what a row does not use of them, padding and rejected drafts,
+is masked. So a batch may be ragged, and a single row is rolled back without a trace.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastft.decode.cache import KVCache
+from fastft.decode.layers import Unfit
+
+
+class ModuleCache:
+    """A KVCache with even rows, and which of its slots count for each row."""
+
+    def __init__(self, layers: int, rows: int, capacity: int, device):
+        self.slots = KVCache(layers, capacity)
+        self.valid = torch.zeros(rows, 0, dtype=torch.long, device=device)  # (rows, slots)
+        self.lengths = [0] * rows
+
+    def roll_back(self, row: int, length: int) -> None:
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(
+                f"length: expected 0 to the row's {self.lengths[row]} slots, got {length}"
+            )
+        surplus = self.lengths[row] - length
+        if surplus:
+            used = self.valid[row].nonzero()[-surplus:, 0]
+            self.valid[row, used] = 0
+        self.lengths[row] = length
+        # Slots at the end that no row uses any more are given back.
+        used = int(self.valid.any(0).nonzero().amax()) + 1 if any(self.lengths) else 0
+        if used < self.valid.shape[1]:
+            self.valid = self.valid[:, :used]
+            self.slots.crop(used)
+
+
+class ModuleStep:
+    """A row's tokens agree with the model's own up to ties: widths and masks change roundings."""
+
+    bit_exact = False
+
+    def __init__(self, model: nn.Module):
+        config = model.config.get_text_config(decoder=True)
+        taken = inspect.signature(type(model).forward).parameters
+        if model._is_stateful or "past_key_values" not in taken or "attention_mask" not in taken:
+            raise Unfit(f"{type(model).__name__} keeps a state that cannot be rolled back")
+        if getattr(config, "sliding_window", None) and set(
+            getattr(config, "layer_types", None) or ["sliding_attention"]
+        ) != {"full_attention"}:
+            raise Unfit("a sliding window, in which masked slots would count")
+        self.model, self.device = model, model.device
+        self.layers = config.num_hidden_layers
+        self.takes_positions = "position_ids" in taken
+        self.keeps_logits = "logits_to_keep" in taken
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.most_positions = None
+
+    def new_cache(self, rows: int, capacity: int) -> ModuleCache:
+        return ModuleCache(self.layers, rows, capacity, self.device)
+
+    def __call__(self, cache: ModuleCache, new: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+        width = max(map(len, new))
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in new])
+        fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
+        valid = torch.cat((cache.valid, fresh.to(self.device)), 1)
+        kwargs = {}
+        if self.takes_positions:
+            kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        if self.keeps_logits:
+            kwargs["logits_to_keep"] = keep
+        logits = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=valid,
+            past_key_values=cache.slots,
+            use_cache=True,
+            **kwargs,
+        ).logits[:, -keep:]
+        cache.valid = valid
+        cache.lengths = [n + len(row) for n, row in zip(cache.lengths, new, strict=True)]
+        kept = [own[len(own) - min(keep, len(row)) :] for own, row in zip(logits, new, strict=True)]
+        return torch.cat(kept).float()

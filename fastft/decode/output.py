@@ -1,0 +1,68 @@
+"""What `fastft.generate` returns: transformers' output, and what it cost."""
+
+import resource
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+@dataclass
+class Stats:
+    """How one call of `fastft.generate` went.
+
+    path: "decoder_layer" (an operator call per layer), "modules" (the model's own, fast cache) or
+    "model.generate", with the reason why not the first. exact: what holds of the tokens.
+    """
+
+    path: str = "decoder_layer"
+    reason: str | None = None
+    exact: str = ""
+    speculation: str | None = None
+    rows: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0  # forward passes of the model after the prompts
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    drafted: list[int] = field(default_factory=list)  # per row
+    accepted: list[int] = field(default_factory=list)  # per row
+    # Of the drafts that reached a position (1st, 2nd… token), how many were tried and accepted.
+    tried_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    peak_memory: int = 0  # bytes: of the process on the CPU, PyTorch's on CUDA
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: the tokens after the first of each row."""
+        tokens = max(self.new_tokens - self.rows, 0)
+        return tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that was accepted."""
+        return sum(self.accepted) / max(sum(self.drafted), 1)
+
+    def count(self, row: int, drafted: int, accepted: int) -> None:
+        self.drafted[row] += drafted
+        self.accepted[row] += accepted
+        for counts, most in ((self.tried_at, min(drafted, accepted + 1)),
+                             (self.accepted_at, accepted)):  # fmt: skip
+            counts.extend([0] * (most - len(counts)))
+            for i in range(most):
+                counts[i] += 1
+
+    def measure_memory(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self.peak_memory = torch.cuda.max_memory_allocated(device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            self.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class GenerateOutput(GenerateDecoderOnlyOutput):
+    """transformers' `sequences`, `scores`, `logits` and `past_key_values`, and `stats`."""
+
+    stats: Stats | None = None

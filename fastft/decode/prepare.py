@@ -1,0 +1,164 @@
+"""Turns the arguments of `model.generate` into what the decode loop needs, by transformers itself.
+
+`model.generate` with a `custom_generate` callable checks and prepares everything it takes, and
+hands it to the callable: its documented extension point. What the loop does not do is told apart
+here, with the reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
+
+from fastft.decode.cache import KVCache
+
+# Arguments of a forward that the loop makes itself.
+_KNOWN = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values",
+          "cache_position"}  # fmt: skip
+
+
+class HandOver(Exception):
+    """This call is transformers' to serve; the message says why."""
+
+
+@dataclass
+class Prepared:
+    """A call of generate, checked; rows are those of input_ids, return sequences expanded."""
+
+    input_ids: Tensor  # (rows, length), padded as given
+    prompts: list[list[int]]  # without padding
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList  # beyond eos and length
+    eos: frozenset[int]
+    max_length: int  # of input_ids' rows with the new tokens
+    pad: int
+    config: GenerationConfig
+    cache: KVCache | None
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model in a PeftModel whose adapters are injected into it."""
+    if hasattr(model, "get_base_model"):
+        if getattr(model, "active_peft_config", None) is not None:
+            if model.active_peft_config.is_prompt_learning:
+                raise HandOver("a prompt-learning adapter of PEFT")
+        return model.get_base_model()
+    return model
+
+
+def own_generate(model: nn.Module):
+    """The generate of the class, whatever the instance has in its place."""
+    return type(model).generate.__get__(model)
+
+
+def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any]) -> Prepared:
+    """Raises HandOver where transformers must serve the call, and what transformers raises."""
+    for name in ("assistant_model", "synced_gpus", "custom_generate", "inputs_embeds",
+                 "position_ids", "token_type_ids", "negative_prompt_ids"):  # fmt: skip
+        if kwargs.get(name) is not None:
+            raise HandOver(f"the argument {name}")
+    if model.config.is_encoder_decoder:
+        raise HandOver("an encoder-decoder model")
+    kwargs = _stop_strings(model, generation_config, dict(kwargs))
+    if "_config" in kwargs:
+        generation_config = kwargs.pop("_config")
+    if isinstance(inputs, Mapping):
+        kwargs = {**inputs, **kwargs}
+        inputs = None
+    if "input_ids" in kwargs and inputs is None:
+        inputs = kwargs.pop("input_ids")
+    asked = kwargs.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
+    if inputs is not None:
+        _check_ids(model, inputs)
+    if asked == 0 and inputs is not None:
+        kwargs["max_new_tokens"] = 1  # transformers would refuse; the loop then stops at none
+    captured = []
+
+    def capture(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ):
+        captured.append(
+            (input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        )
+
+    own_generate(model)(
+        inputs, generation_config=generation_config, custom_generate=capture, **kwargs
+    )
+    ids, processors, criteria, config, model_kwargs = captured[0]
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise HandOver(f"the generation mode {mode.value}")
+    if config.token_healing or config.output_attentions or config.output_hidden_states:
+        raise HandOver("token healing, attentions or hidden states in the output")
+    if not config.use_cache:
+        raise HandOver("use_cache=False")
+    if config.cache_implementation is not None:
+        raise HandOver(f"the cache implementation {config.cache_implementation!r}")
+    unknown = {k for k, v in model_kwargs.items() if v is not None} - _KNOWN
+    if unknown:
+        raise HandOver(f"the model's own arguments {sorted(unknown)}")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and not isinstance(cache, KVCache):
+        if cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False):
+            raise HandOver(f"a cache of type {type(cache).__name__}")
+        cache = None
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    prompts = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"inputs: expected at least one token in each row, row {row} has none")
+    max_length, eos, rest = config.max_length, set(), StoppingCriteriaList()
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            max_length = min(max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            eos |= set(criterion.eos_token_id.tolist())
+        else:
+            rest.append(criterion)
+    pad = config._pad_token_tensor
+    pad = int(pad) if pad is not None else min(eos, default=0)
+    return Prepared(
+        ids, prompts, processors, rest, frozenset(eos),
+        ids.shape[1] if asked == 0 else max_length, pad, config, cache,
+    )  # fmt: skip
+
+
+def _stop_strings(model: nn.Module, config, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """generate gives a callable no tokenizer, so the criterion for stop strings is made here."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    strings = kwargs.pop("stop_strings", None)
+    held = config if config is not None else model.generation_config
+    if strings is None and held.stop_strings is not None:
+        strings = held.stop_strings
+        kwargs["_config"] = type(held).from_dict(held.to_dict() | {"stop_strings": None})
+    if strings is None:
+        return kwargs
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected the model's tokenizer, which stop_strings need")
+    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+    criteria.append(StopStringCriteria(tokenizer, strings))
+    return kwargs | {"stopping_criteria": criteria}
+
+
+def _check_ids(model: nn.Module, inputs) -> None:
+    if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
+        got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else inputs
+        got = got if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise TypeError(f"inputs: expected token ids (rows, length), got {got}")
+    if inputs.shape[1] == 0 or inputs.shape[0] == 0:
+        raise ValueError(f"inputs: expected at least one token, got shape {tuple(inputs.shape)}")
+    size = model.get_input_embeddings().weight.shape[0]
+    low, high = int(inputs.min()), int(inputs.max())
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"inputs: expected token ids below {size}, got {wrong}")

@@ -1,0 +1,142 @@
+"""One forward pass over a KVCache for a few new tokens of each row: the step decoding is made of.
+
+Two kinds with one interface: `FusedStep` computes a layer per operator call and no padding;
+`ModuleStep` runs any other causal language model through its own modules.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastft.decode import layers as reading
+from fastft.decode.cache import KVCache
+from fastft.library import extension
+from fastft.ops.decoder_layer import Tokens, decoder_layer
+from fastft.ops.norm import _layer_norm, _rms_norm
+from fastft.ops.quantized_linear import _quantized_linear
+
+# Tokens of a row that one pass takes: prompts beyond are cut, at places that change no bit.
+CHUNK = 128
+
+
+class FusedStep:
+    """With the CPU's kernels every width gives the same bits: a token's logits depend on its row."""
+
+    def __init__(self, model: nn.Module, adapter_names: Sequence[str] | None = None):
+        """adapter_names: one per row, "__base__" for none; None: the active adapter for all.
+
+        Raises: layers.Unfit.
+        """
+        names = None if adapter_names is None else tuple(dict.fromkeys(adapter_names))
+        names = None if names is None else tuple(n for n in names if n != "__base__")
+        self._set(reading.read(model, names))
+        self.model = model
+        if adapter_names is not None:
+            chosen = [names.index(n) if n in names else -1 for n in adapter_names]
+            self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
+        if all(vars(m).get(reading.DECODE_WEIGHT) is None for m in model.modules()):
+            if adapter_names is None:
+                reading.confirm(model, self.fused, self._last_logits)
+
+    def _set(self, fused: reading.FusedModel) -> None:
+        self.fused = fused
+        self.device = fused.embedding.device
+        self.bit_exact = self.device.type == "cpu" and extension is not None
+        self.adapter_of = None
+        self.angles: tuple[Tensor, Tensor] | None = None
+        self.most_positions = None if fused.positions is None else len(fused.positions)
+        self.vocabulary = fused.head.weight.shape[0]
+        # Activations: the CPU kernels take float32, and widen every stored type.
+        self.dtype = torch.float32 if self.device.type == "cpu" else fused.dtype
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        cache = KVCache(len(self.fused.layers), capacity)
+        cache.allocate(
+            rows, self.fused.kv_heads, self.fused.head_dim, self.fused.dtype, self.device
+        )
+        return cache
+
+    def rotary(self, positions: Tensor, most: int) -> tuple[Tensor | None, Tensor | None]:
+        """cos, sin (tokens, dimensions) from a table that grows with the cache."""
+        module = self.fused.rotary
+        if module is None:
+            return None, None
+        if self.angles is None or len(self.angles[0]) < most:
+            x = torch.empty(0, dtype=torch.float32, device=self.device)
+            cos, sin = module(x, torch.arange(max(most, 512), device=self.device)[None])
+            self.angles = cos[0].to(self.dtype), sin[0].to(self.dtype)
+        return self.angles[0].index_select(0, positions), self.angles[1].index_select(0, positions)
+
+    def __call__(self, cache: KVCache, new: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
+        """Appends each row's new tokens; the logits of its last `keep` ones, or all if fewer.
+
+        Returns: (rows' kept tokens, vocabulary) float32, row after row.
+        """
+        longest = max(map(len, new), default=0)
+        if longest <= CHUNK:
+            return self.logits(self._hidden(cache, new), new, keep)
+        kept: list[list[Tensor]] = [[] for _ in new]
+        for begin in range(0, longest, CHUNK):
+            part = [row[begin : begin + CHUNK] for row in new]
+            hidden = self._hidden(cache, part)
+            for row, own in enumerate(hidden.split([len(p) for p in part])):
+                kept[row] = [torch.cat([*kept[row], own])[-keep:]]
+        return self._head(torch.cat([rows[0] for rows in kept]))
+
+    def logits(self, hidden: Tensor, new, keep: int) -> Tensor:
+        """From the hidden states of all new tokens (tokens, hidden), those of the last `keep`."""
+        if keep < max(map(len, new), default=0):
+            ends = list(itertools.accumulate(map(len, new)))
+            wanted = [i for end, row in zip(ends, new, strict=True)
+                      for i in range(max(end - keep, end - len(row)), end)]  # fmt: skip
+            hidden = hidden.index_select(0, torch.tensor(wanted, device=self.device))
+        return self._head(hidden)
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x = torch.nn.functional.embedding(ids, self.fused.embedding).to(self.dtype)
+        if self.fused.positions is not None:
+            x = x + torch.nn.functional.embedding(positions, self.fused.positions).to(self.dtype)
+        return x
+
+    def _hidden(self, cache: KVCache, new) -> Tensor:
+        before, counts = cache.lengths, [len(row) for row in new]
+        lengths = [b + c for b, c in zip(before, counts, strict=True)]
+        cache.reserve(max(lengths, default=0))
+        on = {"device": self.device}
+        ids = torch.tensor(list(itertools.chain.from_iterable(new)), dtype=torch.long, **on)
+        where = [p for b, n in zip(before, lengths, strict=True) for p in range(b, n)]
+        positions = torch.tensor(where, dtype=torch.long, **on)
+        cos, sin = self.rotary(positions, cache.capacity)
+        tokens = Tokens(
+            torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, **on),
+            torch.tensor(lengths, dtype=torch.int32, **on),
+            max(counts, default=0), cos, sin, self.adapter_of,
+        )  # fmt: skip
+        x = self._embed(ids, positions)
+        # An early exit has fewer layers than the cache it shares.
+        for layer, held in zip(self.fused.layers, cache.layers, strict=False):
+            x = decoder_layer(x, layer, held.keys, held.values, tokens)
+        cache.set_lengths(lengths)
+        return x
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        first, norm = self.fused.layers[0], self.fused.final_norm
+        if first.center:
+            return _layer_norm(hidden, None, norm.weight, norm.bias, first.eps)[0]
+        return _rms_norm(hidden, None, norm.weight, first.eps, first.offset)[0]
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        head = self.fused.head
+        adapter = head.adapters[0] if self.adapter_of is None and head.adapters else None
+        a, b, scale = (
+            (None, None, 0.0) if adapter is None else (adapter.a, adapter.b, adapter.scale)
+        )
+        held = head.weight
+        y = _quantized_linear(self._norm(hidden), held.values, held.scale, head.bias, a, b, scale)
+        return y.float()
+
+    def _last_logits(self, fused: reading.FusedModel, ids: Tensor) -> Tensor:
+        cache = self.new_cache(len(ids), ids.shape[1])
+        return self(cache, ids.tolist())
