@@ -104,10 +104,10 @@ class DraftLength:
     token is the one that came: observe(row, 1, came, kind).
 
     How a loss is kept small: every round is booked against the same tokens decoded without drafts.
-    A round risks at most one step more than was gained before; once there is a loss, nothing is
+    A round risks at most half a step more than was gained before; once there is a loss, nothing is
     drafted until a hundredth of the time has made up for it, but for probes: one token of one row,
     and no more of them than cost a hundredth of the time if none is accepted. So whatever the text,
-    the loss is a step and two hundredths of the time.
+    the loss is half a step and two hundredths of the time.
     """
 
     def __init__(self):
@@ -217,8 +217,8 @@ class DraftLength:
     def _best_within(self, rows, width: int, depth: int) -> tuple[list[int], float]:
         """The best lengths up to depth, and their tokens per second."""
         tokens, order, best, rate = float(width), [], 0, 0.0
-        # If nothing is accepted, a round loses at most one plain step more than the credit.
-        limit = 2 * self._step(width) + self._credit
+        # If nothing is accepted, a round loses at most half a plain step more than the credit.
+        limit = 1.5 * self._step(width) + self._credit
         heap = [(-a, index, a, min(most, depth)) for a, index, most in rows]
         heapify(heap)
         while heap and heap[0][0] < -0.01:

@@ -205,3 +205,15 @@ def test_choosing_costs_little_beside_a_step():
             lengths.observe(row, 4, 2)
     # 20 microseconds a row are the aim; the machine may be busy.
     assert (time.process_time() - start) / 1600 < 100e-6
+
+
+def test_losses_are_bounded_where_the_estimate_is_wrong():
+    lengths, seconds = DraftLength(), 0.0
+    for _ in range(500):
+        (n,) = lengths.choose([(0, 8, 0)])
+        lengths.observe_step(1 + n, cpu(1 + n))
+        seconds += cpu(1 + n)
+        lengths.observe(0, n, 0)
+        if n == 0:
+            lengths.observe(0, 9, 9)  # as if what is not verified were always right
+    assert seconds <= 1.03 * 500
