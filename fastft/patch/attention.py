@@ -60,6 +60,8 @@ def attention_forward(
     extras = any(kwargs.get(name) is not None for name in ("position_bias", "s_aux", "cache"))
     # Only eager attention has weights to give; not every model says here that they are wanted.
     call = in_force(getattr(module, "config", None))
+    if call is not None:
+        call.note_checkpoint()
     asked = kwargs.get("output_attentions") or (call is not None and call.weights)
     weights = asked and ours == "eager"
     batch, heads, length, head_dim = query.shape

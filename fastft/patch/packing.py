@@ -7,7 +7,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -135,3 +135,9 @@ class Call:
     packing: Packing | None = None  # then no mask is wanted
     encoder_packs: bool = False  # a child of the owner does, and finds the packing where masks are
     weights: bool = False  # attention weights are asked for
+    has_grad: bool = field(default_factory=torch.is_grad_enabled)
+    recomputes: bool = False  # some of it will run again in backward
+
+    def note_checkpoint(self) -> None:
+        """Called from within: gradients are off there alone where reentrant checkpointing is."""
+        self.recomputes |= self.has_grad and not torch.is_grad_enabled()

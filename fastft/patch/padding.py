@@ -26,6 +26,7 @@ from fastft.patch.packing import (
     kept,
     take_selection,
 )
+from fastft.patch.recomputation import held
 from fastft.patch.swap import original_forward, swap, swap_of, switched_off, undo
 
 _FIELDS = {
@@ -140,7 +141,8 @@ def forward(module: nn.Module, *args, **kwargs):
 
 def _run(call: Call, args: tuple, kwargs: dict):
     with during(call=call):
-        return original_forward(call.owner)(*args, **kwargs)
+        output = original_forward(call.owner)(*args, **kwargs)
+    return held(call.owner, output) if call.recomputes else output
 
 
 def _forward(module, arguments: dict, args: tuple, kwargs: dict):
