@@ -146,6 +146,7 @@ def _forward(module, head: Head, arguments: dict):
     lazy = LazyLogits(
         logits, (*targets.shape, head.weight.shape[0]),
         autocast_dtype(hidden.device) or hidden.dtype, hidden.device, loss.requires_grad,
+        [outputs[0], *module.get_output_embeddings().parameters()],
     )  # fmt: skip
     rest = {k: outputs.get(k) for k in options.output.__dataclass_fields__}
     return options.output(**{**rest, "loss": loss, "logits": lazy})

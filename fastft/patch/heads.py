@@ -169,8 +169,10 @@ def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
         with during(selection=Selection(selection.owner, None, selection.output)):
             return own(**arguments).logits
 
+    parts = (child for child in module.children() if child is not selection.owner)
+    reads = [selection.output.last_hidden_state, *(p for part in parts for p in part.parameters())]
     lazy = LazyLogits(
-        logits, (*labels.shape, flat.shape[-1]), flat.dtype, flat.device, loss.requires_grad
+        logits, (*labels.shape, flat.shape[-1]), flat.dtype, flat.device, loss.requires_grad, reads
     )
     rest = {k: output.get(k) for k in output.__dataclass_fields__}
     return type(output)(**{**rest, "loss": loss, "logits": lazy})
