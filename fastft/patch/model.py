@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fastft.patch.confirm import Unlike
+from fastft.patch.confirm import Unlike, unhooked
 from fastft.patch.report import Report
 from fastft.patch.swap import has_own_forward, swap, swap_of, undo
 
@@ -132,7 +132,8 @@ class _Patcher:
         key = (room.__name__, type(module), settings, _sizes(module))
         if key not in self.known:
             try:
-                self.known[key] = room.recognise(module)
+                with unhooked(module):
+                    self.known[key] = room.recognise(module)
             except Unlike as unlike:
                 self.known[key] = unlike
         if isinstance(self.known[key], Unlike):
@@ -184,7 +185,8 @@ class _Patcher:
         from fastft.patch import padding
 
         try:
-            padding.install(module)
+            with unhooked(module):
+                padding.install(module)
         except Unlike as unlike:
             if isinstance(unlike, padding.OtherAttention):
                 undo_attention(module)
