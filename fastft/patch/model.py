@@ -19,6 +19,11 @@ def patch(model: nn.Module) -> Report:
     causal language models; padded training batches are computed without their padding. Only this
     instance changes, `unpatch` gives it back exactly, and what is not recognised is left alone and
     reported. May be called again, after adding an adapter for instance: it adds what is missing.
+
+    Under padding, states come back zero at padded places, layers and their hooks see (1, tokens,
+    hidden), and the logits of a training step are computed when first read: RuntimeError if the
+    head has changed by then. RuntimeError also in a backward with create_graph=True, and in one
+    after `unpatch` that would compute checkpointed layers again.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
