@@ -6,6 +6,7 @@ compiled kernels take a device's key when they load, so the dispatcher alone cho
 """
 
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -134,6 +135,27 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
+def first_derivatives_only(backward: Callable) -> Callable:
+    """Decorates the backward of an operator's autograd Function: RuntimeError under create_graph.
+
+    Not `once_differentiable`, which lets the call pass where the upstream gradient is a constant,
+    and gives gradients that do not know of the inputs: derivatives of them would lack terms.
+    """
+    name = backward.__module__.rpartition(".")[2]
+
+    @wraps(backward)
+    def call(ctx, *upstream):
+        # A compiled graph refuses by itself; while it is traced, grad mode says nothing.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{name}: backward was called with create_graph=True, but fastft computes first "
+                "derivatives only: fastft.unpatch(model), or call PyTorch's own operators"
+            )
+        return backward(ctx, *upstream)
+
+    return call
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:

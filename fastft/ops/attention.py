@@ -31,11 +31,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastft.library import (
     autocast_dtype,
     distinct,
+    first_derivatives_only,
     implement_in_triton,
     needs_autograd,
     operator,
@@ -173,7 +173,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dout):
         needed = ctx.needs_input_grad[:3]
         grads = _attention_backward(_rows(dout), *ctx.saved_tensors, *ctx.options, *needed)

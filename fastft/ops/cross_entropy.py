@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import implement_in_triton, operator, rows_of
+from fastft.library import first_derivatives_only, implement_in_triton, operator, rows_of
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dlosses):
         logits, labels, weight, stats = ctx.saved_tensors
         dlogits = _cross_entropy_backward(

@@ -18,9 +18,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, implement_in_triton, needs_autograd, operator
+from fastft.library import (
+    distinct,
+    first_derivatives_only,
+    implement_in_triton,
+    needs_autograd,
+    operator,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -93,7 +98,7 @@ class _GatedMlp(torch.autograd.Function):
         return _gated_mlp(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dh):
         gate, up = ctx.saved_tensors
         gate_grad, up_grad, _ = ctx.needs_input_grad

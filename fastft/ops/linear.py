@@ -13,9 +13,15 @@ product would run at the speed of three (384 x 1152: 440 GFLOP/s, 384 x 384: 434
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, implement, needs_autograd, operator, rows_of
+from fastft.library import (
+    distinct,
+    first_derivatives_only,
+    implement,
+    needs_autograd,
+    operator,
+    rows_of,
+)
 from fastft.ops import gemm
 
 
@@ -56,7 +62,7 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad)

@@ -11,9 +11,8 @@ chunks of rows need 2 and 3, so this form saves their memory (half a GB) at the 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import implement_in_triton, operator
+from fastft.library import first_derivatives_only, implement_in_triton, operator
 from fastft.ops import gemm
 from fastft.ops.cross_entropy import _seen, _targets
 
@@ -85,7 +84,7 @@ class _Blockwise(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dlosses):
         needs = list(ctx.needs_input_grad[:2])
         grads = _blockwise_backward(dlosses, *ctx.saved_tensors, *ctx.settings, needs)

@@ -15,9 +15,8 @@ Gradients of weights are added up in float32.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import implement, operator
+from fastft.library import first_derivatives_only, implement, operator
 from fastft.ops import gemm
 from fastft.ops.cross_entropy import (
     _cross_entropy,
@@ -186,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses if each else losses.sum()
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, upstream):
         ignore_index, numbers, needs, each = ctx.settings
         grads, ctx.finished = ctx.finished, None

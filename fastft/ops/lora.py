@@ -18,9 +18,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import autocast_dtype, distinct, implement, operator, rows_of
+from fastft.library import (
+    autocast_dtype,
+    distinct,
+    first_derivatives_only,
+    implement,
+    operator,
+    rows_of,
+)
 from fastft.ops import gemm
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum, wide_dtype
 
@@ -199,7 +205,7 @@ class _Lora(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, *dys):
         x, *tensors = ctx.saved_tensors
         saved = _Saved.of(ctx.group, tensors)

@@ -8,9 +8,8 @@ that makes the gradients of gate and up writes it again.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, rows_of
+from fastft.library import distinct, first_derivatives_only, rows_of
 from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp, _gated_mlp_backward
 from fastft.ops.lora import LoraLinear, _Group, _lora, _Saved, _unflatten, prepare
 
@@ -38,7 +37,7 @@ class _LoraMlp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dy):
         x, gate, up, *tensors = ctx.saved_tensors
         inner, outer = _Saved.of(ctx.inner, tensors[:10]), _Saved.of(ctx.outer, tensors[10:])

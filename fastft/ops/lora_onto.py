@@ -5,9 +5,8 @@ out = y + s D(x) A^T B^T         see fastft.ops.lora for the gradients
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, rows_of
+from fastft.library import distinct, first_derivatives_only, rows_of
 from fastft.ops.lora import LoraLinear, _Group, check_adapter, dropout_mask
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum
 
@@ -24,7 +23,7 @@ class _LoraOnto(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dy):
         x, a, b, mask, xa = ctx.saved_tensors
         _, x_grad, a_grad, b_grad, *_ = ctx.needs_input_grad

@@ -13,10 +13,10 @@ are kept in float32. Gradients, with n the normalised row and m = dy * weight:
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastft.library import (
     distinct,
+    first_derivatives_only,
     implement_in_triton,
     needs_autograd,
     operator,
@@ -127,7 +127,7 @@ class _Norm(torch.autograd.Function):
         return (y, total) if ctx.has_residual else y
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dy, dtotal=None):
         x, weight, mean, rstd = ctx.saved_tensors
         _, residual_grad, weight_grad, bias_grad, *_ = ctx.needs_input_grad

@@ -16,9 +16,14 @@ them copies nothing; so do the gradients.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastft.library import distinct, implement_in_triton, needs_autograd, operator
+from fastft.library import (
+    distinct,
+    first_derivatives_only,
+    implement_in_triton,
+    needs_autograd,
+    operator,
+)
 
 
 def _swapped(x: Tensor) -> bool:
@@ -77,7 +82,7 @@ class _Rotary(torch.autograd.Function):
         return _rotary(q, k, cos, sin, unsqueeze_dim)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, dq, dk):
         rest = (*ctx.saved_tensors, ctx.unsqueeze_dim, ctx.swapped)
         q_grad, k_grad, *_ = ctx.needs_input_grad

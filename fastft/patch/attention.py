@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastft.ops.attention import attention
 from fastft.ops.rotary import rotary
 from fastft.patch.confirm import Unlike, confirm
-from fastft.patch.packing import in_force, wants_weights
+from fastft.patch.packing import Packing, in_force
 
 NAME = "fastft"
 _ROTARY = "apply_rotary_pos_emb"
@@ -28,11 +28,18 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-def mask(*args, **kwargs) -> Tensor | None:
-    """sdpa's mask; none for packed rows, which `cu_seqlens` keeps apart."""
+def mask(*args, config=None, **kwargs) -> Tensor | Packing | None:
+    """sdpa's mask; none for packed rows, which `cu_seqlens` keeps apart.
+
+    To the encoder that will pack its rows, the packing: the call's arguments are what a
+    checkpoint around it keeps.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    return None if in_force() is not None else sdpa_mask(*args, **kwargs)
+    call = in_force(config)
+    if call is not None and call.packing is not None:
+        return call.packing if call.encoder_packs else None
+    return sdpa_mask(*args, config=config, **kwargs)
 
 
 def attention_forward(
@@ -52,7 +59,10 @@ def attention_forward(
     ours = getattr(module, "_fastft_attention", None)  # what the module ran before
     extras = any(kwargs.get(name) is not None for name in ("position_bias", "s_aux", "cache"))
     # Only eager attention has weights to give; not every model says here that they are wanted.
-    asked = kwargs.get("output_attentions") or wants_weights()
+    call = in_force(getattr(module, "config", None))
+    if call is not None:
+        call.note_checkpoint()
+    asked = kwargs.get("output_attentions") or (call is not None and call.weights)
     weights = asked and ours == "eager"
     batch, heads, length, head_dim = query.shape
     same = key.shape[2] == length

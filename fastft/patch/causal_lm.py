@@ -119,12 +119,12 @@ def _forward(module, head: Head, arguments: dict):
     ignore_index = arguments.pop("ignore_index", -100)
     targets = _targets(labels, shift_labels, ignore_index)
     packing, run = None, nullcontext()
-    if swap_of(base) is not None:  # confirmed to take packed rows
+    if swap_of(base) is not None and swap_of(base).active:  # confirmed to take packed rows
         packing = padding.packing_for(base, arguments, keeps_cache=False)
     if packing is not None and _predicts_from_padding(packing, targets, ignore_index):
         packing, run = None, packings.kept()
     if packing is not None:
-        outputs = padding.run_packed(base, packing, arguments)
+        outputs = base(**padding.pack_arguments(packing, arguments))
         hidden, kept = outputs[0][0], targets.flatten()[packing.places.to(targets.device)]
     else:
         if module.training and "use_cache" not in arguments and not _needs_cache(module, arguments):
@@ -146,6 +146,7 @@ def _forward(module, head: Head, arguments: dict):
     lazy = LazyLogits(
         logits, (*targets.shape, head.weight.shape[0]),
         autocast_dtype(hidden.device) or hidden.dtype, hidden.device, loss.requires_grad,
+        [outputs[0], *module.get_output_embeddings().parameters()],
     )  # fmt: skip
     rest = {k: outputs.get(k) for k in options.output.__dataclass_fields__}
     return options.output(**{**rest, "loss": loss, "logits": lazy})

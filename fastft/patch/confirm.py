@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastft.patch.swap import origin
+
 # float32 arithmetic in another order on tiny inputs; a different formula is off by far more.
 TOLERANCE = 1e-4
 
@@ -26,6 +28,32 @@ def undisturbed() -> Iterator[None]:
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(0)
         yield
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """Inside, hooks do not run: they were hung for the user's inputs, not for ours.
+
+    PyTorch's own do: some compute the weights. The dictionaries stay, for their handles' sake, and
+    what a forward adds to them remains.
+    """
+    hidden = []
+    try:
+        for module in model.modules():
+            for hooks in (getattr(module, name) for name in _HOOKS):
+                if hooks:
+                    hidden.append((hooks, dict(hooks)))
+                    for key in [k for k, h in hooks.items() if not origin(h).startswith("torch.")]:
+                        del hooks[key]
+        yield
+    finally:
+        for hooks, before in hidden:
+            added = {key: hook for key, hook in hooks.items() if key not in before}
+            hooks.clear()
+            hooks.update(before | added)
 
 
 def stand_in(module: nn.Module, parameters: dict, children: dict) -> nn.Module:

@@ -9,6 +9,7 @@ from fastft.ops.gated_mlp import gated_mlp
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.patch import lora as lora_layers
 from fastft.patch.confirm import Unlike, confirm, stand_in
+from fastft.patch.swap import is_hooked, original_forward
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _SEPARATE = ("gate_proj", "up_proj", "down_proj")
@@ -35,6 +36,9 @@ def is_candidate(module: nn.Module) -> bool:
 
 def forward(module: nn.Module, x: Tensor) -> Tensor:
     options = module._fastft_swap.options
+    # The products call their modules; the activation's would be left out.
+    if any(is_hooked(c) for n, c in module._modules.items() if not n.endswith("_proj")):
+        return original_forward(module)(x)
     if options.joint:
         return _joint(module, x, options.activation)
     linears = [lora_layers.child(module, name) for name in _SEPARATE]

@@ -157,7 +157,7 @@ def _selects(module, labels: Tensor) -> bool:
 
 def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
     chosen = (labels != _IGNORED).flatten().nonzero().flatten()
-    selection, own = Selection(chosen), original_forward(module)
+    selection, own = Selection(base_of(module), chosen), original_forward(module)
     with during(selection=selection):
         output = own(**arguments)
     if selection.output is None:  # asked for a tuple, or for what a packed forward cannot give
@@ -166,11 +166,13 @@ def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
     loss = cross_entropy(flat, labels.flatten()[chosen].to(flat.device), num_items=num_items)
 
     def logits() -> Tensor:
-        with during(selection=Selection(None, selection.output)):
+        with during(selection=Selection(selection.owner, None, selection.output)):
             return own(**arguments).logits
 
+    parts = (child for child in module.children() if child is not selection.owner)
+    reads = [selection.output.last_hidden_state, *(p for part in parts for p in part.parameters())]
     lazy = LazyLogits(
-        logits, (*labels.shape, flat.shape[-1]), flat.dtype, flat.device, loss.requires_grad
+        logits, (*labels.shape, flat.shape[-1]), flat.dtype, flat.device, loss.requires_grad, reads
     )
     rest = {k: output.get(k) for k in output.__dataclass_fields__}
     return type(output)(**{**rest, "loss": loss, "logits": lazy})
@@ -284,7 +286,7 @@ def _works_by_place(module, ids: Tensor, logits: Tensor) -> bool:
     if swap_of(base) is None:
         return False
     swap_of(base).active = True  # inside `switched_off`, which sets it again
-    with during(selection=Selection(places)):
+    with during(selection=Selection(base, places)):
         some = type(module).forward(module, input_ids=ids).logits
     swap_of(base).active = False
     wanted = logits.flatten(0, 1)[places.to(logits.device)]

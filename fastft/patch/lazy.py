@@ -2,15 +2,19 @@
 
 A loss that never needs the logits should not pay for them, and a user who reads `outputs.logits`
 should find them. The tensor knows its shape, dtype and device; any operation on it computes it,
-once, in the grad mode and under the autocast of the forward that made it.
+once, in the grad mode and under the autocast of the forward that made it. Two things it cannot
+give, and raises: logits first read when an optimizer has moved the head's weights, and the gradient
+of a loss that was computed without them.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from fastft.patch.unchanged import Unchanged
 
 _METADATA = {
     Tensor.shape.__get__,
@@ -44,16 +48,24 @@ _CASTS = {
 
 
 class LazyLogits(Tensor):
-    """compute() gives the logits, with their autograd history; it runs at the first read."""
+    """compute() gives the logits, with their autograd history; it runs at the first read.
+
+    reads: what compute reads. RuntimeError at the first read if any of it has changed by then, as
+    far as versions and samples of the values tell (`Unchanged`).
+    """
 
     @staticmethod
-    def __new__(cls, compute: Callable[[], Tensor], shape, dtype, device, requires_grad):
+    def __new__(
+        cls, compute: Callable[[], Tensor], shape, dtype, device, requires_grad,
+        reads: Iterable[Tensor] = (),
+    ):  # fmt: skip
         # The wrapper itself requires no gradient: code of PyTorch's that looks past our answer
         # below would take it for a leaf and lose the gradient silently.
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(self, compute, shape, dtype, device, requires_grad):
+    def __init__(self, compute, shape, dtype, device, requires_grad, reads=()):
         self._compute = compute
+        self._unchanged = Unchanged(reads)
         self._logits = None
         self._needs_grad = requires_grad
         self._hooks = OrderedDict()
@@ -66,6 +78,11 @@ class LazyLogits(Tensor):
     def materialize(self) -> Tensor:
         """The logits as an ordinary tensor."""
         if self._logits is None:
+            if not self._unchanged():
+                raise RuntimeError(
+                    "outputs.logits: what they are computed from has changed since the forward; "
+                    "read them before optimizer.step(), or whatever else has moved the weights"
+                )
             (inference, grad), (kind, dtype, enabled) = self._modes, self._autocast
             with (
                 torch.inference_mode(inference),
@@ -73,6 +90,7 @@ class LazyLogits(Tensor):
                 torch.autocast(kind, dtype, enabled),
             ):
                 self._logits, self._compute = self._compute(), None
+                self._unchanged = None
                 if self._hooks:
                     self._logits.register_hook(self._run_hooks)
         return self._logits
@@ -115,6 +133,15 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if func == Tensor.requires_grad.__get__:
             return args[0]._needs_grad
+        if args and isinstance(args[0], cls) and args[0]._needs_grad:
+            if func is Tensor.retain_grad or (
+                func is Tensor.register_hook and not _is_plumbing(*args[1:], **kwargs)
+            ):
+                raise RuntimeError(
+                    f"outputs.logits.{func.__name__}: outputs.loss does not pass through them "
+                    "and its part would be missing. For a loss of your own use a tensor made from "
+                    "them, such as outputs.logits + 0, or call the model without labels"
+                )
         if args and isinstance(args[0], cls) and not args[0].is_materialized:
             # accelerate casts every output of a mixed-precision step to float32, DDP clones them,
             # and FSDP casts them and hangs a hook on each: none of them reads a value.
@@ -139,6 +166,12 @@ class LazyLogits(Tensor):
             cls, lambda lazy: lazy.materialize(), (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+def _is_plumbing(hook: Callable) -> bool:
+    """FSDP's, which hangs it on every output to learn when backward begins."""
+    module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return module.startswith("torch.distributed.")
 
 
 def _cast(func: Callable, args: tuple, kwargs: dict) -> torch.dtype | None:

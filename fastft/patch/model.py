@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fastft.patch.confirm import Unlike
+from fastft.patch.confirm import Unlike, unhooked
 from fastft.patch.report import Report
 from fastft.patch.swap import has_own_forward, swap, swap_of, undo
 
@@ -19,6 +19,11 @@ def patch(model: nn.Module) -> Report:
     causal language models; padded training batches are computed without their padding. Only this
     instance changes, `unpatch` gives it back exactly, and what is not recognised is left alone and
     reported. May be called again, after adding an adapter for instance: it adds what is missing.
+
+    Under padding, states come back zero at padded places, layers and their hooks see (1, tokens,
+    hidden), and the logits of a training step are computed when first read: RuntimeError if the
+    head has changed by then. RuntimeError also in a backward with create_graph=True, and in one
+    after `unpatch` that would compute checkpointed layers again.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -132,7 +137,8 @@ class _Patcher:
         key = (room.__name__, type(module), settings, _sizes(module))
         if key not in self.known:
             try:
-                self.known[key] = room.recognise(module)
+                with unhooked(module):
+                    self.known[key] = room.recognise(module)
             except Unlike as unlike:
                 self.known[key] = unlike
         if isinstance(self.known[key], Unlike):
@@ -184,7 +190,8 @@ class _Patcher:
         from fastft.patch import padding
 
         try:
-            padding.install(module)
+            with unhooked(module):
+                padding.install(module)
         except Unlike as unlike:
             if isinstance(unlike, padding.OtherAttention):
                 undo_attention(module)

@@ -7,7 +7,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 _state = threading.local()
 
 
-def in_force() -> "Packing | None":
-    """The packing of the forward running in this thread: then no mask is wanted."""
-    return None if torch.compiler.is_compiling() else getattr(_state, "packing", None)
+def in_force(config) -> "Call | None":
+    """The forward of the base model with this configuration, if it runs innermost in this thread.
 
-
-def wants_weights() -> bool:
-    """Whether the forward running in this thread was asked for attention weights."""
-    return not torch.compiler.is_compiling() and getattr(_state, "weights", False)
+    What one model was told means nothing to another one that runs inside of it.
+    """
+    call = None if torch.compiler.is_compiling() else getattr(_state, "call", None)
+    return call if call is not None and call.owner.config is config else None
 
 
 @contextmanager
@@ -49,11 +48,14 @@ def keeps_padding() -> bool:
 class Selection:
     """Asks a base model for the states of some places alone; keeps what it would have given.
 
+    owner: the base model.
     places: (n,) into the flattened batch; None with an output: that is given again.
     """
 
+    owner: nn.Module
     places: Tensor | None
     output: object = None
+    taken: bool = False
 
     def of(self, output):
         """The output of a base model with the states of the places, (1, n, hidden)."""
@@ -63,8 +65,13 @@ class Selection:
         return output
 
 
-def selection() -> Selection | None:
-    return None if torch.compiler.is_compiling() else getattr(_state, "selection", None)
+def take_selection(owner: nn.Module) -> Selection | None:
+    """What is asked of this base model, given once: of the call that its head makes."""
+    found = None if torch.compiler.is_compiling() else getattr(_state, "selection", None)
+    if found is None or found.owner is not owner or found.taken:
+        return None
+    found.taken = True
+    return found
 
 
 @dataclass(frozen=True)
@@ -118,3 +125,19 @@ class Packing:
     def columns(self) -> Tensor:
         """(1, tokens): the position each token had in its row."""
         return (self.places % self.length)[None]
+
+
+@dataclass
+class Call:
+    """One forward of a base model, and what its parts are told."""
+
+    owner: nn.Module
+    packing: Packing | None = None  # then no mask is wanted
+    encoder_packs: bool = False  # a child of the owner does, and finds the packing where masks are
+    weights: bool = False  # attention weights are asked for
+    has_grad: bool = field(default_factory=torch.is_grad_enabled)
+    recomputes: bool = False  # some of it will run again in backward
+
+    def note_checkpoint(self) -> None:
+        """Called from within: gradients are off there alone where reentrant checkpointing is."""
+        self.recomputes |= self.has_grad and not torch.is_grad_enabled()

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from fastft.patch.attention import NAME
 from fastft.patch.confirm import Unlike, relative, undisturbed
-from fastft.patch.packing import Packing, during, in_force, keeps_padding, kept, selection
+from fastft.patch.packing import (
+    Call,
+    Packing,
+    during,
+    in_force,
+    keeps_padding,
+    kept,
+    take_selection,
+)
+from fastft.patch.recomputation import held
 from fastft.patch.swap import original_forward, swap, swap_of, switched_off, undo
 
 _FIELDS = {
@@ -99,64 +108,75 @@ def _is_per_token(name: str, value: Tensor, mask: Tensor) -> bool:
     return value.dim() == 0 or (name in _PER_TOKEN and value.shape[:2] == mask.shape)
 
 
-def run_packed(base, packing: Packing, arguments: dict):
-    """base(**arguments) on the real tokens: its output, packed, (1, tokens, hidden)."""
+def pack_arguments(packing: Packing, arguments: dict) -> dict:
+    """The arguments of a base model for the real tokens alone; as mask, the packing itself."""
     packed = {}
     for name, value in arguments.items():
         if name == "position_ids" and value is not None:
             value = value.expand(packing.batch, -1)
         is_token = isinstance(value, Tensor) and value.dim() >= 2
         packed[name] = packing.pack(value) if is_token else value
-    packed["attention_mask"] = None
+    packed["attention_mask"] = packing
     packed["use_cache"] = False
     if packed.get("position_ids") is None:
         packed["position_ids"] = packing.columns()
-    packed |= packing.attention_arguments()
-    with during(packing=packing):
-        return base(**packed)
+    return packed | packing.attention_arguments()
 
 
 def forward(module: nn.Module, *args, **kwargs):
     if torch.compiler.is_compiling():  # the number of real tokens is not known then
+        kwargs = {k: None if isinstance(v, Packing) else v for k, v in kwargs.items()}
         return original_forward(module)(*args, **kwargs)
-    selected = selection()
+    arguments = bind(module, args, kwargs)
+    given = arguments.get("attention_mask")
+    if isinstance(given, Packing):  # the head has packed the rows, and wants them so
+        return _run(Call(module, given), (), arguments | {"attention_mask": None})
+    selected = take_selection(module)
     if selected is None:
-        return _forward(module, args, kwargs)
+        return _forward(module, arguments, args, kwargs)
     if selected.output is not None:
         return copy.copy(selected.output)
-    with during(selection=None):
-        return selected.of(_forward(module, args, kwargs))
+    return selected.of(_forward(module, arguments, args, kwargs))
 
 
-def _forward(module, args: tuple, kwargs: dict):
-    arguments, options = bind(module, args, kwargs), module._fastft_swap.options
-    packing = None
+def _run(call: Call, args: tuple, kwargs: dict):
+    with during(call=call):
+        output = original_forward(call.owner)(*args, **kwargs)
+    return held(call.owner, output) if call.recomputes else output
+
+
+def _forward(module, arguments: dict, args: tuple, kwargs: dict):
+    options, packing = module._fastft_swap.options, None
     returns_dict = arguments.get("return_dict", getattr(module.config, "return_dict", True))
-    if in_force() is None and not keeps_padding() and returns_dict is not False:
+    if not keeps_padding() and returns_dict is not False:
         keeps_cache = options.causal and not module.training
         packing = packing_for(module, arguments, keeps_cache)
         if packing is not None and not options.causal and packing.starts_late():
             packing = None
     if packing is None:
-        with during(weights=asks(arguments, module.config, "output_attentions")):
-            return original_forward(module)(*args, **kwargs)
+        weights = asks(arguments, module.config, "output_attentions")
+        return _run(Call(module, weights=weights), args, kwargs)
     if options.encoder is not None:
-        with during(packing=packing):
-            return original_forward(module)(*args, **kwargs)
-    output = run_packed(original_forward(module), packing, arguments)
+        return _run(Call(module, packing, encoder_packs=True), args, kwargs)
+    call, packed = Call(module, packing), pack_arguments(packing, arguments)
+    output = _run(call, (), packed | {"attention_mask": None})
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output
 
 
 def encode(module: nn.Module, *args, **kwargs):
     """The forward of an encoder inside a base model: padded states in and out, packed between."""
-    packing = in_force()
-    if packing is None:
-        return original_forward(module)(*args, **kwargs)
     arguments = bind(module, args, kwargs)
+    packing = next((v for v in arguments.values() if isinstance(v, Packing)), None)
+    if packing is None:
+        call = in_force(getattr(module, "config", None))
+        if call is not None and call.encoder_packs:
+            raise RuntimeError("the encoder was not handed the mask that its base model made")
+        return original_forward(module)(*args, **kwargs)
     for name, value in arguments.items():
-        # The mask is none already: the base model asked for one while the packing was in force.
-        if isinstance(value, Tensor):
+        if value is packing:
+            arguments[name] = None
+        elif isinstance(value, Tensor):
             arguments[name] = packing.pack(value.expand(packing.batch, *value.shape[1:]))
     output = original_forward(module)(**arguments, **packing.attention_arguments())
     output.last_hidden_state = packing.unpack(output.last_hidden_state)

@@ -117,3 +117,8 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def origin(hook: Callable) -> str:
+    """The module that defines a hook, which may be a function, a partial or an instance."""
+    return getattr(getattr(hook, "func", hook), "__module__", None) or ""

@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from encoders import batch as encoder_batch
+from encoders import encoder
 from models import batch, causal_lm, with_lora
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -89,6 +91,16 @@ def test_history_is_that_of_the_forward_not_of_the_first_reader():
     assert calls == [True, False] and not lazy.requires_grad and not lazy.sum().requires_grad
 
 
+def fully_sharded(seen: list, name: str):
+    """A hook such as FSDP's."""
+
+    def hook(grad):
+        seen.append(name)
+
+    hook.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+    return hook
+
+
 def test_casts_and_hooks_wait():
     """accelerate casts outputs of a step, DDP clones them, FSDP casts and hangs hooks on them."""
     values, calls, seen = torch.randn(2, 3, requires_grad=True), [], []
@@ -98,8 +110,8 @@ def test_casts_and_hooks_wait():
     wide = [lazy.double(), lazy.to(torch.float64), lazy.to(dtype=torch.float64)]
     assert lazy.float() is lazy or lazy.float().dtype is torch.float32
     assert all(type(w) is LazyLogits and w.dtype is torch.float64 for w in wide)
-    handle = lazy.register_hook(lambda grad: seen.append("removed"))
-    lazy.register_hook(lambda grad: seen.append("kept"))
+    handle = lazy.register_hook(fully_sharded(seen, "removed"))
+    lazy.register_hook(fully_sharded(seen, "kept"))
     handle.remove()
     assert calls == []
     wide[0].sum().backward()
@@ -107,7 +119,7 @@ def test_casts_and_hooks_wait():
     torch.testing.assert_close(wide[1], values.double())
     copied.detach().zero_()
     torch.testing.assert_close(lazy, values)
-    assert lazy.register_hook(lambda grad: None) is not None
+    assert lazy.register_hook(fully_sharded(seen, "late")) is not None
 
 
 def test_copies_prints_and_saves_as_an_ordinary_tensor():
@@ -166,3 +178,66 @@ def test_a_loss_alone_never_computes_them():
     output.loss.backward()
     assert type(output.logits) is LazyLogits and not output.logits.is_materialized
     assert output.logits.shape == (*inputs["input_ids"].shape, 97)
+
+
+def moved(model, by: str):
+    head = model.get_output_embeddings().weight
+    if by == "fused":
+        torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True).step()
+    elif by == "plain":
+        torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    elif by == "data":
+        head.data.add_(0.01)
+    else:
+        model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("by", ["fused", "plain", "data", "loaded"])
+@pytest.mark.parametrize("head", ["CausalLM", "MaskedLM"])
+def test_logits_read_after_the_head_has_changed(head, by):
+    """They would be those of other weights; a tensor's version tells only half of these."""
+    model = causal_lm("llama") if head == "CausalLM" else encoder("bert", head)
+    inputs = batch("right") if head == "CausalLM" else encoder_batch(head)
+    patch(model.train())
+    read, unread = model(**inputs), model(**inputs)
+    assert type(unread.logits) is LazyLogits
+    wanted = read.logits + 0
+    read.loss.backward()
+    moved(model, by)
+    torch.testing.assert_close(read.logits, wanted)
+    with pytest.raises(RuntimeError, match="before optimizer.step"):
+        unread.logits.sum()
+    assert unread.logits.shape == wanted.shape
+
+
+def test_logits_of_a_frozen_head_read_late():
+    model = with_lora(causal_lm("llama")).train()
+    patch(model)
+    output, twin = model(**batch("right")), model(**batch("right"))
+    wanted = twin.logits + 0
+    output.loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True).step()
+    torch.testing.assert_close(output.logits, wanted)
+
+
+def test_weights_that_are_no_numbers_have_not_changed():
+    weight = torch.full((3, 2), torch.nan)
+    lazy = LazyLogits(lambda: weight * 1, (3, 2), weight.dtype, weight.device, False, [weight])
+    assert lazy.isnan().all()
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_gradients_of_logits_that_the_loss_does_not_pass_through(read):
+    """`logits.grad` would be none, or lack the loss's part; hooks would not run."""
+    model, inputs = model_and_batch()
+    output = model(**inputs)
+    if read:
+        output.logits.sum()
+    with pytest.raises(RuntimeError, match="does not pass through"):
+        output.logits.retain_grad()
+    with pytest.raises(RuntimeError, match="does not pass through"):
+        output.logits.register_hook(lambda grad: None)
+    logits = output.logits + 0
+    logits.retain_grad()
+    logits.sum().backward()
+    assert (logits.grad == 1).all()

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
+from encoders import encoder
 from models import ARCHITECTURES, batch, causal_lm, with_lora
 
 from fastft.patch import patch, patched, unpatch, verify
@@ -266,7 +268,39 @@ def test_hooks_still_run():
     with torch.no_grad():
         model(**inputs)
         wanted = set(seen)
-        seen.clear()
         patch(model)
+        seen.clear()
         model(**inputs)
     assert seen == wanted
+
+
+HOOKS = (
+    "register_forward_pre_hook", "register_forward_hook",
+    "register_full_backward_pre_hook", "register_full_backward_hook",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "TokenClassification", "MaskedLM"])
+def test_hooks_do_not_see_what_patch_tries(name):
+    model = causal_lm(name) if name in ("llama", "gpt2") else encoder("bert", name)
+    seen, handles = [], []
+    for module in model.modules():
+        for kind in HOOKS:
+            handles.append(getattr(module, kind)(lambda *_, kind=kind: seen.append(kind)))
+    before = {m: [list(v) for k, v in vars(m).items() if "hooks" in k] for m in model.modules()}
+    report = patch(model)
+    assert not seen and [e for e in report.swapped if e.operator == "padding"]
+    after = {m: [list(v) for k, v in vars(m).items() if "hooks" in k] for m in model.modules()}
+    assert after == before
+    for handle in handles:
+        handle.remove()
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_hooks_that_compute_a_weight_run_when_patch_tries():
+    model = encoder("bert", "SequenceClassification")
+    for module in model.bert.encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.utils.prune.random_unstructured(module, "weight", 0.5)
+            module.weight = torch.full_like(module.weight, torch.nan)  # made by its hook
+    assert [e for e in patch(model).swapped if e.operator == "padding"]
