@@ -51,7 +51,7 @@ class Chooser:
         return scores[active] if len(active) < rows else scores, [tokens[row] for row in active]
 
     def scores(self, rows: list[int], logits: Tensor, behind: list[list[int]]) -> Tensor:
-        """Processed logits (n, vocabulary); behind[i] are drafted tokens that follow row rows[i]."""
+        """Processed logits (n, vocabulary); behind[i]: drafted tokens that follow row rows[i]."""
         if not len(self.processors):
             return logits
         if self.memoryless:

@@ -22,7 +22,7 @@ CHUNK = 128
 
 
 class FusedStep:
-    """With the CPU's kernels every width gives the same bits: a token's logits depend on its row."""
+    """On the CPU every width gives the same bits: a token's logits depend on its row alone."""
 
     def __init__(self, model: nn.Module, adapter_names: Sequence[str] | None = None):
         """adapter_names: one per row, "__base__" for none; None: the active adapter for all.

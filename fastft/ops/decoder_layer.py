@@ -195,8 +195,8 @@ def decoder_layer(
     """One layer for the new tokens: (tokens, hidden). Their keys and values are put into the cache.
 
     Dtypes: x float32 on the CPU (what a type loses, the cache and the weights lose); on CUDA x's
-    dtype is that of its kernels' operands. Called under no_grad; nothing is checked that a loop over
-    layers would check again, but on the CPU that all sizes belong together and every slot exists.
+    dtype is that of its kernels' operands. Called under no_grad. The CPU's kernel checks that all
+    sizes belong together and every slot exists.
     Raises: RuntimeError that names the argument.
     """
     norms, linears, adapters, scales = layer.arguments
