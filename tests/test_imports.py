@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "library": {"_C"},
     "ops": {"library", "kernels"},
-    "patch": {"library", "ops"},
     "decode": {"library", "ops"},
+    "patch": {"library", "ops", "decode"},
     "losses": {"library", "ops"},
     "finetune": {"library", "ops", "patch", "decode", "losses"},
     "doctor": {"library", "ops"},

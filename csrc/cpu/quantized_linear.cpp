@@ -155,11 +155,19 @@ void point(const T* (&rows)[kChannels], const void* data, int64_t stride, int64_
     rows[c] = static_cast<const T*>(data) + std::min(first + c, count - 1) * stride;
 }
 
+// How far ahead of its use a channel's data is asked for: whole turns of kChannels, and enough of
+// them that memory answers in time also where channels are short.
+int64_t ahead_of(int64_t channel_bytes) {
+  constexpr int64_t kDistance = 8192;
+  const int64_t turn = std::max<int64_t>(kChannels * channel_bytes, 1);
+  return (kDistance + turn - 1) / turn * turn;
+}
+
 template <class Weights>
 Weights weights_at(const QuantizedLinear& a, int64_t first, float* scales) {
   Weights w;
   point(w.row, a.values, a.values_stride, first, a.out);
-  w.ahead = kChannels * a.values_stride * int64_t(sizeof *w.row[0]);
+  w.ahead = ahead_of(a.values_stride * int64_t(sizeof *w.row[0]));
   if constexpr (std::is_same_v<Weights, Int8Grouped> || std::is_same_v<Weights, Int4>) {
     const BFloat16* stored[kChannels];
     point(stored, a.scale, a.scale_stride, first, a.out);

@@ -25,12 +25,11 @@ inline Vec load_bytes(const int8_t* p) {
 #endif
 }
 
-// The numbers of the low or the high nibbles of kWidth bytes.
+// The low or the high nibbles of kWidth bytes: numbers plus 8.
 inline Vec load_nibbles(const uint8_t* p, bool high) {
 #if defined(__AVX512F__)
   // The permutation looks at the low four bits of a lane alone.
-  const __m512 numbers =
-      _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return (Vec)_mm512_permutexvar_ps(high ? _mm512_srli_epi32(lanes, 4) : lanes, numbers);
 #else
@@ -43,7 +42,7 @@ inline Vec load_nibbles(const uint8_t* p, bool high) {
   std::memcpy(&bytes, p, sizeof bytes);
   IVec lanes = __builtin_convertvector(bytes, IVec);
 #endif
-  return __builtin_convertvector((high ? lanes >> 4 : lanes & 15) - 8, Vec);
+  return __builtin_convertvector(high ? lanes >> 4 : lanes & 15, Vec);
 #endif
 }
 
@@ -57,7 +56,7 @@ inline void prefetch(const void* p, int64_t ahead) {
 template <class T>
 struct Plain {
   const T* row[kChannels];
-  int64_t ahead;  // bytes from a channel to the one kChannels further
+  int64_t ahead;  // bytes from a channel to one that is read later
   template <class Count>
   Vec load(int c, int64_t k, int64_t v, Count n) const {
     const T* p = row[c] + k + v;
@@ -95,7 +94,9 @@ struct Int4 {
   Vec load(int c, int64_t k, int64_t v, Count) const {
     const uint8_t* p = row[c] + k / 2 + v % 16;
     if (v == 0) prefetch(p, ahead);
-    return load_nibbles(p, v >= 16) * scale[c][k >> shift];
+    const Vec factor = broadcast(scale[c][k >> shift]);
+    // (number + 8) scale - 8 scale, whose only rounding is that of the product.
+    return fma(load_nibbles(p, v >= 16), factor, factor * -8.f);
   }
 };
 

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
 from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
-from fastft.patch import norm as norms
-from fastft.patch.confirm import Unlike
-from fastft.patch.swap import has_own_forward, is_hooked
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
@@ -65,9 +62,12 @@ class FusedModel:
 
 
 def _own(module: nn.Module, what: str) -> None:
-    if is_hooked(module):
+    """Refuses a module that computes more than its class does, which its weights do not tell."""
+    if module._forward_hooks or module._forward_pre_hooks:
         raise Unfit(f"hooks on {what}")
-    if has_own_forward(module):
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    # What fastft.patch puts there computes the same.
+    if "forward" in vars(module) and not getattr(function, "is_fastft", False):
         raise Unfit(f"{what} has a forward of its own")
 
 
@@ -138,18 +138,26 @@ def _adapter(module: nn.Module, name: str, what: str) -> Adapter | None:
     return Adapter(a, b, float(module.scaling[name]))
 
 
-def _norm(module: nn.Module) -> tuple[norms.Norm, NormWeight]:
+@dataclass(frozen=True)
+class Kind:
+    """Which norm a layer has; that it is what it looks like, the model's logits confirm."""
+
+    eps: float
+    center: bool
+
+
+def _norm(module: nn.Module) -> tuple[Kind, NormWeight]:
     _own(module, "a norm")
-    if not norms.is_candidate(module):
+    names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+    eps = next((v for n in names if isinstance(v := getattr(module, n, None), float)), None)
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if eps is None or weight is None or weight.dim() != 1 or module._modules:
         raise Unfit(f"{type(module).__name__} is no norm that is known")
-    try:
-        kind = norms.recognise(module)
-    except Unlike as unlike:
-        raise Unfit(f"{type(module).__name__} {unlike}") from unlike
-    bias = module._parameters.get("bias")
-    return kind, NormWeight(
-        _weight(module.weight, "a norm"), None if bias is None else _weight(bias, "a norm")
-    )
+    center = isinstance(module, nn.LayerNorm)
+    if bias is not None and not center:
+        raise Unfit(f"{type(module).__name__} is no norm that is known")
+    read = (None if t is None else _weight(t, "a norm") for t in (weight, bias))
+    return Kind(eps, center), NormWeight(*read)
 
 
 def _activation(module, what: str) -> str:
@@ -204,8 +212,7 @@ def _llama_layer(layer: nn.Module, names) -> DecoderLayer:
         linears=tuple(linears), attention_norm=attention_norm, mlp_norm=mlp_norm,
         heads=linears[len(attending)].weight.shape[1] // head_dim,
         activation=_activation(getattr(mlp, "act_fn", None) or mlp.activation_fn, "the MLP"),
-        gated=True, center=kind.raw == "layer_norm", eps=kind.eps, offset=kind.offset,
-        scale=attention.scaling, window=-1 if window is None else window, **heads,
+        gated=True, center=kind.center, eps=kind.eps, scale=attention.scaling, window=-1 if window is None else window, **heads,
     )  # fmt: skip
 
 
@@ -224,7 +231,7 @@ def _gpt2_layer(block: nn.Module, names) -> DecoderLayer:
     return DecoderLayer(
         linears=tuple(read_linear(getattr(owner, name), name, names) for owner, name in parts),
         attention_norm=attention_norm, mlp_norm=mlp_norm, heads=attention.num_heads,
-        activation=_activation(mlp.act, "the MLP"), gated=False, center=kind.raw == "layer_norm",
+        activation=_activation(mlp.act, "the MLP"), gated=False, center=kind.center,
         eps=kind.eps, scale=scale,
     )  # fmt: skip
 
@@ -250,7 +257,7 @@ def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
     if _dropout(model):
         raise Unfit("the model is in training mode with dropout: call model.eval()")
     for module in (model, base):
-        if is_hooked(module):
+        if module._forward_hooks or module._forward_pre_hooks:
             raise Unfit(f"hooks on {type(module).__name__}")
     if hasattr(base, "layers") and hasattr(base, "rotary_emb"):
         parts, read_layer, made_of = base.layers, _llama_layer, _LAYER
@@ -274,7 +281,7 @@ def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
         raise Unfit("no layers")
     kind, final_norm = _norm(final)
     first = layers[0]
-    if (kind.eps, kind.offset) != (first.eps, first.offset):
+    if kind != Kind(first.eps, first.center):
         raise Unfit("a final norm of another kind than the layers'")
     if type(embedding) is not nn.Embedding:
         raise Unfit(f"an embedding of type {type(embedding).__name__}")
