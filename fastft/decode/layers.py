@@ -61,6 +61,14 @@ class FusedModel:
         return output.weight.shape[1] // self.layers[0].heads
 
 
+@dataclass(frozen=True)
+class Reading:
+    """names: the adapters rows choose from, None for the active one; stored: use DECODE_WEIGHTs."""
+
+    names: tuple[str, ...] | None = None
+    stored: bool = True
+
+
 def _own(module: nn.Module, what: str) -> None:
     """Refuses a module that computes more than its class does, which its weights do not tell."""
     if module._forward_hooks or module._forward_pre_hooks:
@@ -86,35 +94,43 @@ def _weight(tensor: Tensor, what: str) -> Tensor:
     return data
 
 
-def _stored(module: nn.Module, what: str) -> tuple[QuantizedWeight, Tensor | None]:
+def _stored(module: nn.Module, what: str, stored: bool) -> tuple[QuantizedWeight, Tensor | None]:
     """Weight (out, in) and bias of a plain linear layer or of GPT-2's Conv1D."""
     utils = sys.modules.get("transformers.pytorch_utils")
     transposed = utils is not None and type(module) is utils.Conv1D
     if type(module) is not nn.Linear and not transposed:
         raise Unfit(f"{what} is a {type(module).__name__}")
     weight = _weight(module.weight, what)
-    held = vars(module).get(DECODE_WEIGHT)
+    weight = weight.t() if transposed else weight
+    held = vars(module).get(DECODE_WEIGHT) if stored else None
     bias = None if module.bias is None else _weight(module.bias, what)
-    return held or QuantizedWeight(weight.t() if transposed else weight), bias
+    return QuantizedWeight(weight) if held is None else held.current(weight), bias
 
 
-def read_linear(module: nn.Module, what: str, names: tuple[str, ...] | None) -> Linear:
-    """A linear layer with the adapters `names`, or where None the one that is active."""
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight (out, in) of a linear layer or Conv1D that the step reads; None if it is none."""
+    try:
+        return _stored(module, "", stored=False)[0].values
+    except Unfit:
+        return None
+
+
+def read_linear(module: nn.Module, what: str, how: Reading) -> Linear:
+    """A linear layer with the adapters that are asked for."""
+    names = how.names
     _own(module, what)
     peft_lora = sys.modules.get("peft.tuners.lora.layer")
     if peft_lora is None or not isinstance(module, peft_lora.LoraLayer):
-        held, bias = _stored(module, what)
+        held, bias = _stored(module, what, how.stored)
         return Linear(held, bias, (None,) * (1 if names is None else len(names)))
     base = module.get_base_layer()
     _own(base, what)
-    held, bias = _stored(base, what)
+    held, bias = _stored(base, what, how.stored)
     if names is not None:
         if module.merged:
             raise Unfit("adapter_names with merged adapters")
         return Linear(held, bias, tuple(_adapter(module, name, what) for name in names))
     if module.disable_adapters or module.merged:
-        if DECODE_WEIGHT in vars(base) and module.merged:
-            raise Unfit("decode_weights under merged adapters")
         return Linear(held, bias, (None,))
     active = [name for name in module.active_adapters if name in module.lora_A]
     if len(active) > 1:
@@ -179,7 +195,7 @@ def _named(module: nn.Module) -> set[str]:
     }
 
 
-def _llama_layer(layer: nn.Module, names) -> DecoderLayer:
+def _llama_layer(layer: nn.Module, how: Reading) -> DecoderLayer:
     attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
     if _named(attention) - _HEAD_NORMS not in _ATTENTION or _named(mlp) not in _MLP:
         raise Unfit(f"{type(layer).__name__} has other parts than a Llama layer")
@@ -189,10 +205,10 @@ def _llama_layer(layer: nn.Module, names) -> DecoderLayer:
     if len(attending) == 3 and len(gating) == 1 or len(attending) == 1 and len(gating) == 2:
         raise Unfit("projections joined in one half of the layer only")
     linears = [
-        *(read_linear(getattr(attention, name), name, names) for name in attending),
-        read_linear(attention.o_proj, "o_proj", names),
-        *(read_linear(getattr(mlp, name), name, names) for name in gating),
-        read_linear(mlp.down_proj, "down_proj", names),
+        *(read_linear(getattr(attention, name), name, how) for name in attending),
+        read_linear(attention.o_proj, "o_proj", how),
+        *(read_linear(getattr(mlp, name), name, how) for name in gating),
+        read_linear(mlp.down_proj, "down_proj", how),
     ]
     kind, attention_norm = _norm(layer.input_layernorm)
     other, mlp_norm = _norm(layer.post_attention_layernorm)
@@ -212,11 +228,12 @@ def _llama_layer(layer: nn.Module, names) -> DecoderLayer:
         linears=tuple(linears), attention_norm=attention_norm, mlp_norm=mlp_norm,
         heads=linears[len(attending)].weight.shape[1] // head_dim,
         activation=_activation(getattr(mlp, "act_fn", None) or mlp.activation_fn, "the MLP"),
-        gated=True, center=kind.center, eps=kind.eps, scale=attention.scaling, window=-1 if window is None else window, **heads,
+        gated=True, center=kind.center, eps=kind.eps, scale=attention.scaling,
+        window=-1 if window is None else window, **heads,
     )  # fmt: skip
 
 
-def _gpt2_layer(block: nn.Module, names) -> DecoderLayer:
+def _gpt2_layer(block: nn.Module, how: Reading) -> DecoderLayer:
     attention, mlp = _child(block, "attn"), _child(block, "mlp")
     if _named(attention) != {"c_attn", "c_proj"} or _named(mlp) != {"c_fc", "c_proj"}:
         raise Unfit(f"{type(block).__name__} has other parts than a GPT-2 block")
@@ -229,7 +246,7 @@ def _gpt2_layer(block: nn.Module, names) -> DecoderLayer:
         scale /= attention.layer_idx + 1
     parts = ((attention, "c_attn"), (attention, "c_proj"), (mlp, "c_fc"), (mlp, "c_proj"))
     return DecoderLayer(
-        linears=tuple(read_linear(getattr(owner, name), name, names) for owner, name in parts),
+        linears=tuple(read_linear(getattr(owner, name), name, how) for owner, name in parts),
         attention_norm=attention_norm, mlp_norm=mlp_norm, heads=attention.num_heads,
         activation=_activation(mlp.act, "the MLP"), gated=False, center=kind.center,
         eps=kind.eps, scale=scale,
@@ -245,8 +262,8 @@ def _dropout(model: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
-    """The model as the fused step takes it, with its active adapter or the adapters `names`.
+def read(model: nn.Module, how: Reading = Reading(), dropout: bool = False) -> FusedModel:
+    """The model as the fused step takes it; with `dropout`, as if it were in evaluation mode.
 
     Raises: Unfit that says why this model takes another path.
     """
@@ -254,7 +271,7 @@ def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
     head = model.get_output_embeddings()
     if base is None or head is None:
         raise Unfit(f"{type(model).__name__} is no causal language model that is known")
-    if _dropout(model):
+    if not dropout and _dropout(model):
         raise Unfit("the model is in training mode with dropout: call model.eval()")
     for module in (model, base):
         if module._forward_hooks or module._forward_pre_hooks:
@@ -276,7 +293,7 @@ def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
         _own(layer, "a layer")
         if _named(layer) != made_of:
             raise Unfit(f"{type(layer).__name__} has other parts than {sorted(made_of)}")
-        layers.append(read_layer(layer, names))
+        layers.append(read_layer(layer, how))
     if not layers:
         raise Unfit("no layers")
     kind, final_norm = _norm(final)
@@ -287,8 +304,8 @@ def read(model: nn.Module, names: tuple[str, ...] | None = None) -> FusedModel:
         raise Unfit(f"an embedding of type {type(embedding).__name__}")
     _own(embedding, "the embedding")
     table = _weight(embedding.weight, "the embedding")
-    top = read_linear(head, "the head", names)
-    if names is not None and any(adapter is not None for adapter in top.adapters):
+    top = read_linear(head, "the head", how)
+    if how.names is not None and any(adapter is not None for adapter in top.adapters):
         raise Unfit("adapter_names with an adapter on the head")
     return FusedModel(tuple(layers), table, positions, rotary, final_norm, top, table.dtype)
 

@@ -24,21 +24,27 @@ CHUNK = 128
 class FusedStep:
     """On the CPU every width gives the same bits: a token's logits depend on its row alone."""
 
-    def __init__(self, model: nn.Module, adapter_names: Sequence[str] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_names: Sequence[str] | None = None,
+        stored: bool = True,
+    ):
         """adapter_names: one per row, "__base__" for none; None: the active adapter for all.
+        stored: read the quantised copies of weights where there are any.
 
         Raises: layers.Unfit.
         """
         names = None if adapter_names is None else tuple(dict.fromkeys(adapter_names))
         names = None if names is None else tuple(n for n in names if n != "__base__")
-        self._set(reading.read(model, names))
+        self._set(reading.read(model, reading.Reading(names, stored)))
         self.model = model
         if adapter_names is not None:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
-        if all(vars(m).get(reading.DECODE_WEIGHT) is None for m in model.modules()):
-            if adapter_names is None:
-                reading.confirm(model, self.fused, self._last_logits)
+        copies = stored and any(reading.DECODE_WEIGHT in vars(m) for m in model.modules())
+        if not copies and adapter_names is None:
+            reading.confirm(model, self.fused, self._last_logits)
 
     def _set(self, fused: reading.FusedModel) -> None:
         self.fused = fused

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fastft.patch import generate
 from fastft.patch.confirm import Unlike, unhooked
 from fastft.patch.report import Report
 from fastft.patch.swap import has_own_forward, swap, swap_of, undo
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model: nn.Module, *, decode_weights: str | None = None) -> Report:
     """Swaps fused operators into this model's modules, in place; returns what was done.
 
     Covers norms, gated MLPs, rotary embeddings, attention, PEFT's LoRA layers, and head and loss of
@@ -24,6 +25,12 @@ def patch(model: nn.Module) -> Report:
     hidden), and the logits of a training step are computed when first read: RuntimeError if the
     head has changed by then. RuntimeError also in a backward with create_graph=True, and in one
     after `unpatch` that would compute checkpointed layers again.
+
+    Args:
+        decode_weights: "int8", "int4" or "int4_g64" gives linear layers quantised copies that
+            `generate` reads instead; training does not see them. `verify` tells what they cost in
+            perplexity, `unpatch` drops them.
+    Raises: TypeError or ValueError that names the argument.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -33,7 +40,9 @@ def patch(model: nn.Module) -> Report:
     was_patched = any(swap_of(module) is not None for module in model.modules())
     try:
         with torch.device("cpu"):
-            _Patcher(report).run(model)
+            patcher = _Patcher(report)
+            patcher.run(model)
+        patcher.swap_generate(model, decode_weights)
     except BaseException:
         if not was_patched:  # half a patch is worse than none
             unpatch(model)
@@ -53,6 +62,7 @@ def unpatch(model: nn.Module) -> list[str]:
         if "_fastft_attention_before" in vars(module):
             undo_attention(module)
         module.__dict__.pop("_fastft_attention", None)
+        generate.undo(module)
     return sorted(remarks)
 
 
@@ -109,6 +119,30 @@ class _Patcher:
                 )
             elif heads.is_candidate(module):
                 self.try_swap(module, "cross_entropy", heads, heads.served_by)
+
+    def swap_generate(self, model: nn.Module, kind: str | None) -> None:
+        """The model's own `generate`, and the weights it reads."""
+        served = False
+        for module in model.modules():
+            if not _is_pretrained(module) or not generate.is_candidate(module):
+                continue
+            reason = generate.install(module)
+            served = served or reason is None
+            if reason is not None:
+                self.report.leave(module, reason)
+            else:
+                self.report.add(module, "decoder_layer", "decoder_layer", "serves generate")
+        if kind is None:
+            return
+        from fastft.decode import weights
+
+        if not served:
+            weights.check_kind(kind)
+            self.report.leave(model, f"decode_weights={kind!r}: its generate is transformers' own")
+            return
+        for name, count in weights.store(model, kind).items():
+            for _ in range(count):
+                self.report.add(name, "quantized_linear", "quantized_linear", f"{kind} in generate")
 
     def try_swap(self, module: nn.Module, operator: str, room, raw: Callable) -> None:
         """Swaps one module by the rules of a file of this folder, if they recognise it."""

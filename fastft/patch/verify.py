@@ -30,6 +30,8 @@ class Verification:
     without_gradient: list[str] = field(default_factory=list)  # trainable, got none when patched
     tolerance: float = 1e-3
     remarks: list[str] = field(default_factory=list)
+    # With decode_weights: of the batch's tokens, by the weights and by their quantised copies.
+    perplexity: tuple[float, float] | None = None
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -48,6 +50,9 @@ class Verification:
             f"gradients   {worst:.2e}  largest of {len(self.gradients)}" + f", {name}" * bool(name),
         ]
         lines += [f"no gradient: {name}" for name in self.without_gradient]
+        if self.perplexity is not None:
+            before, stored = self.perplexity
+            lines.append(f"perplexity  {before:.4g}, with decode_weights {stored:.4g}")
         lines += self.remarks
         lines.append(f"{'agrees' if self.ok else 'DIFFERS'} (relative, up to {self.tolerance:g})")
         return "\n".join(lines)
@@ -78,7 +83,21 @@ def verify(model: nn.Module, batch: Mapping) -> Verification:
             unpatch(model)
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
-    return _compare(model, batch, wanted, got)
+    result = _compare(model, batch, wanted, got)
+    result.perplexity = _perplexity(model, batch)
+    return result
+
+
+def _perplexity(model: nn.Module, batch: Mapping) -> tuple[float, float] | None:
+    copies = any("_fastft_decode_weight" in vars(module) for module in model.modules())
+    if not copies or "input_ids" not in batch:
+        return None
+    from fastft.decode.weights import perplexity
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    with evaluating(model):
+        return tuple(perplexity(inner, ids, mask, stored) for stored in (False, True))
 
 
 def _run(model: nn.Module, batch: Mapping) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,0 +1,102 @@
+"""Weights of eight or four bits for decoding, beside the model's own, which stay as they are.
+
+A decode step is as fast as its weights are read, so fewer bytes are more tokens: int8 has one scale
+per output channel, int4 one per 32 or 64 inputs (fastft/ops/quantized_linear.py). The copies serve
+decoding alone; training, and any other forward, sees the weights they were made of. A copy is made
+anew when its weight has changed since.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastft.decode.layers import DECODE_WEIGHT, weight_of
+from fastft.ops.quantized_linear import QuantizedWeight, quantize
+
+# bits, inputs per scale
+KINDS = {"int8": (8, None), "int4": (4, 32), "int4_g64": (4, 64)}
+_PROBES = 64  # values by which a changed weight is noticed
+
+
+@dataclass
+class DecodeWeight:
+    """A quantised copy of one weight, and values by which to tell whether it still is one."""
+
+    kind: str
+    stored: QuantizedWeight
+    probe: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, kind: str) -> "DecodeWeight":
+        bits, group = KINDS[kind]
+        if weight.shape[1] % (group or 1):
+            bits, group = KINDS["int8"]
+        return DecodeWeight(kind, quantize(weight, bits, group), _probe(weight))
+
+    def current(self, weight: Tensor) -> QuantizedWeight:
+        """The copy of the weight (out, in) as it is now.
+
+        Optimizers change every value and move no version counter, so a few values are compared:
+        a weight of which only others were written by hand needs `fastft.patch` again.
+        """
+        probe = _probe(weight)
+        if not torch.equal(probe, self.probe):
+            fresh = DecodeWeight.of(weight, self.kind)
+            self.stored, self.probe = fresh.stored, fresh.probe
+        return self.stored
+
+
+def _probe(weight: Tensor) -> Tensor:
+    rows, columns = weight.shape
+    at = torch.arange(_PROBES, device=weight.device)
+    # Spread over both dimensions: a step of rows or columns alone would miss a changed block.
+    return weight[at * max(rows // _PROBES, 1) % rows, at * 31 % columns].clone()
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"decode_weights: expected one of {list(KINDS)} or None, got {kind!r}")
+
+
+def store(model: nn.Module, kind: str) -> dict[str, int]:
+    """Gives every linear layer of a causal language model a copy; class name -> how many.
+
+    Raises: ValueError for another kind than KINDS.
+    """
+    check_kind(kind)
+    counts: dict[str, int] = {}
+    # Adapters are small, and their factors would lose most.
+    layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "lora_B")]
+    factors = {part for m in layers for own in (m.lora_A, m.lora_B) for part in own.modules()}
+    for module in model.modules():
+        weight = None if module in factors else weight_of(module)
+        if weight is None:
+            continue
+        vars(module)[DECODE_WEIGHT] = DecodeWeight.of(weight, kind)
+        counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
+    return counts
+
+
+def perplexity(model: nn.Module, ids: Tensor, mask: Tensor | None, stored: bool) -> float:
+    """e^(mean loss of the next token) through the decode step, with or without the copies.
+
+    Raises: layers.Unfit where the step does not cover the model.
+    """
+    from fastft.decode.step import FusedStep
+
+    with torch.no_grad():
+        step = FusedStep(model, stored=stored)
+        mask = torch.ones_like(ids) if mask is None else mask
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        total, count = 0.0, 0
+        for row in rows:
+            if len(row) < 2:
+                continue
+            cache = step.new_cache(1, len(row))
+            logits = step(cache, [row[:-1]], keep=len(row))
+            target = torch.tensor(row[1:], device=logits.device)
+            total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+            count += len(target)
+    return math.exp(total / count) if count else math.nan

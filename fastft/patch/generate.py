@@ -1,0 +1,72 @@
+"""Swaps `generate`: the model's own method decodes through `fastft.generate`.
+
+Only the instance changes. What `fastft.generate` hands over runs in transformers' own, so a call
+gives what it gave; what comes back is transformers' type, a tensor or an output.
+"""
+
+import inspect
+from types import MethodType
+
+from torch import nn
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """A causal language model of transformers; a PeftModel calls the one inside it."""
+    return (
+        hasattr(type(module), "generate")
+        and hasattr(module, "prepare_inputs_for_generation")
+        and not hasattr(module, "peft_config_class")
+        and not hasattr(module, "get_base_model")
+        and getattr(module, "can_generate", bool)()
+        and not module.config.is_encoder_decoder
+    )
+
+
+def _generate(self, *args, **kwargs):
+    from fastft.decode.generate import generate
+
+    own = type(self).generate
+    bound = inspect.signature(own).bind(self, *args, **kwargs).arguments
+    bound.pop("self")
+    extra = bound.pop("kwargs", {})
+    asked = extra.get("return_dict_in_generate")
+    if asked is None:
+        config = bound.get("generation_config") or self.generation_config
+        asked = config.return_dict_in_generate
+    # transformers' assisted decoding asks its assistant for what only its own loop gives.
+    assisting = getattr(bound.get("generation_config"), "is_assistant", False)
+    if assisting:
+        return own(self, *args, **kwargs)
+    out = generate(self, **bound, **extra)
+    return out if asked else out.sequences
+
+
+_generate.is_fastft = True
+
+
+def is_ours(module: nn.Module) -> bool:
+    function = getattr(vars(module).get("generate"), "__func__", None)
+    return getattr(function, "is_fastft", False)
+
+
+def install(module: nn.Module) -> str | None:
+    """Why not, if not."""
+    from fastft.decode.layers import Unfit, read
+
+    if is_ours(module):
+        return None
+    if "generate" in vars(module):
+        return "generate was replaced on this instance: kept"
+    try:
+        read(module, dropout=True)
+    except Unfit as unfit:
+        return f"generate stays transformers' own: {unfit}"
+    module.generate = MethodType(_generate, module)
+    return None
+
+
+def undo(module: nn.Module) -> None:
+    """Gives generate back, and drops the copies of weights it read."""
+    if is_ours(module):
+        del module.generate
+    vars(module).pop("_fastft_decode_weight", None)
