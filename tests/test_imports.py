@@ -14,7 +14,7 @@ ALLOWED = {
     "library": {"_C"},
     "ops": {"library", "kernels"},
     "patch": {"library", "ops"},
-    "decode": {"library", "ops"},
+    "decode": {"library", "ops", "patch"},  # which recognises norms and swapped modules
     "losses": {"library", "ops"},
     "finetune": {"library", "ops", "patch", "decode", "losses"},
     "doctor": {"library", "ops"},
