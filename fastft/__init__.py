@@ -5,5 +5,18 @@
 from fastft import losses
 from fastft.patch import patch, patched, unpatch, verify
 
-__all__ = ["losses", "patch", "patched", "unpatch", "verify"]
+__all__ = ["generate", "losses", "patch", "patched", "stream", "unpatch", "verify"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Decoding needs transformers, which importing fastft does not.
+    if name in ("generate", "stream"):
+        from fastft.decode import generate as decoding
+
+        return getattr(decoding, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,6 +52,7 @@ class KVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.owner.need_even_rows()
+        self.owner.tokens = None
         end = self.used + key_states.shape[2]
         self.owner.reserve(end)
         self.keys[:, :, self.used : end] = key_states
@@ -92,18 +93,24 @@ class KVLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """`lengths[row]` slots of each row are in use; room for `capacity`, which grows on demand."""
+    """`lengths[row]` slots of each row are in use; room for `capacity`, which grows on demand.
+
+    `tokens[row]` begins with the tokens in those slots, where `fastft.generate` has put them there:
+    a later call finds by them what it need not compute again. None where a model's forward did.
+    """
 
     def __init__(self, layers: int, capacity: int = 0):
         self.capacity = capacity
         self.lengths: list[int] = []
+        self.tokens: list[list[int]] | None = None
         super().__init__(layers=[KVLayer(self) for _ in range(layers)])
 
     def allocate(self, batch: int, heads: int, dim: int, dtype, device) -> None:
         """Takes the memory of all layers; rows start empty."""
-        self.lengths = [0] * batch
         for layer in self.layers:
             layer.allocate(batch, heads, dim, dtype, device)
+        self.tokens = [[] for _ in range(batch)]
+        self.set_lengths([0] * batch)
 
     def reserve(self, capacity: int) -> None:
         """Makes room for so many slots a row, keeping what is there."""
@@ -126,13 +133,47 @@ class KVCache(Cache):
         self.lengths[row] = length
         self._sync_used()
 
+    def keep_common(self, prompts: list[list[int]]) -> None:
+        """Keeps of each row what its prompt begins with, and leaves at least its last token out.
+
+        Raises: ValueError where it is not known which tokens the slots hold, and they cannot be the
+        beginning of the prompt.
+        """
+        for row, prompt in enumerate(prompts):
+            most = min(self.lengths[row], len(prompt) - 1)
+            if self.tokens is None and most < self.lengths[row] - 1:
+                raise ValueError(
+                    f"past_key_values: row {row} holds {self.lengths[row]} tokens, its input, "
+                    f"which should begin with them, has {len(prompt)}"
+                )
+            if self.tokens is not None:
+                held = self.tokens[row]
+                most = next((i for i in range(most) if held[i] != prompt[i]), most)
+            self.lengths[row] = most
+        self.tokens = [p[:n] for p, n in zip(prompts, self.lengths, strict=True)]
+        self._sync_used()
+
     def keep_rows(self, rows: list[int]) -> None:
         """Keeps these rows, in this order; a row may be repeated."""
-        indices = torch.tensor(rows)
+        self.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+
+    # transformers' ways to choose rows, which its own caches carry out layer by layer.
+
+    def batch_select_indices(self, indices: Tensor) -> None:
         for layer in self.layers:
             if layer.is_initialized:
                 layer.batch_select_indices(indices.to(layer.device))
-        self.lengths = [self.lengths[row] for row in rows]
+        if self.lengths:
+            rows = torch.arange(len(self.lengths))[indices.cpu()].tolist()
+            self.lengths = [self.lengths[row] for row in rows]
+            if self.tokens is not None:
+                self.tokens = [list(self.tokens[row]) for row in rows]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.keep_rows([row for row in range(len(self.lengths)) for _ in range(repeats)])
 
     def need_even_rows(self) -> None:
         if len(set(self.lengths)) > 1:
@@ -142,9 +183,10 @@ class KVCache(Cache):
             )
 
     def crop(self, max_length: int) -> None:
-        """As transformers has it: to max_length slots, or by that many where negative."""
-        keep = max_length if max_length >= 0 else max(self.lengths, default=0) + max_length
-        self.set_lengths([min(length, max(keep, 0)) for length in self.lengths])
+        """As transformers has it: by -max_length slots, or where positive to that many."""
+        longest = max(self.lengths, default=0)
+        keep = max_length if max_length > 0 else max(longest + max_length, 0)
+        self.set_lengths([min(length, keep) for length in self.lengths])
 
     def reset(self) -> None:
         self.set_lengths([0] * len(self.lengths))

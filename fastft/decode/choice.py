@@ -14,6 +14,18 @@ _MEMORYLESS = tuple(
     )
     if hasattr(logits_process, name)
 )  # fmt: skip
+# Those that read a row's tokens too, but know nothing of its place in the batch.
+_ROWWISE = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor",
+        "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor",
+        "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
+        "ExponentialDecayLengthPenalty", "WatermarkLogitsProcessor",
+    )
+    if hasattr(logits_process, name)
+)  # fmt: skip
 
 
 class Chooser:
@@ -25,6 +37,8 @@ class Chooser:
         self.sample = prepared.config.do_sample
         self.ids, self.ends, self.generator = ids, ends, generator
         self.memoryless = all(type(p) in _MEMORYLESS for p in self.processors)
+        rowwise = _MEMORYLESS + _ROWWISE
+        self.rowwise = len(ids) == 1 or all(type(p) in rowwise for p in self.processors)
         self.all_scores: Tensor | None = None
 
     def together(self, active: list[int], logits: Tensor, end: int) -> tuple[Tensor, list[int]]:
@@ -61,8 +75,17 @@ class Chooser:
             history = self.ids[row, : self.ends[row]]
             if tokens:
                 history = torch.cat((history, history.new_tensor(tokens)))
-            out.append(self.processors(history[None], logits[i : i + 1].clone()))
+            out.append(self._alone(row, history, logits[i]))
         return torch.cat(out)
+
+    def _alone(self, row: int, history: Tensor, logits: Tensor) -> Tensor:
+        """Processed logits (1, vocabulary) of one row with tokens history (length,)."""
+        if self.rowwise:
+            return self.processors(history[None], logits[None].clone())
+        # What goes by a row's place in the batch finds it there.
+        rows = len(self.ids)
+        all_rows = self.processors(history.repeat(rows, 1), logits.repeat(rows, 1))
+        return all_rows[row : row + 1]
 
     def pick(self, scores: Tensor) -> list[int]:
         """A token for every row of scores."""

@@ -21,6 +21,7 @@ class ModuleCache:
         self.slots = KVCache(layers, capacity)
         self.valid = torch.zeros(rows, 0, dtype=torch.long, device=device)  # (rows, slots)
         self.lengths = [0] * rows
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]  # as of a KVCache
 
     def roll_back(self, row: int, length: int) -> None:
         if not 0 <= length <= self.lengths[row]:
@@ -47,6 +48,8 @@ class ModuleStep:
     def __init__(self, model: nn.Module):
         config = model.config.get_text_config(decoder=True)
         taken = inspect.signature(type(model).forward).parameters
+        if config.is_encoder_decoder or model.config.is_encoder_decoder:
+            raise Unfit(f"{type(model).__name__} is an encoder-decoder model")
         if model._is_stateful or "past_key_values" not in taken or "attention_mask" not in taken:
             raise Unfit(f"{type(model).__name__} keeps a state that cannot be rolled back")
         if getattr(config, "sliding_window", None) and set(

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
@@ -59,6 +60,35 @@ class Stats:
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             self.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Kept:
+    """Scores or logits of one call, collected by row and given by step as transformers does."""
+
+    def __init__(self, rows: int):
+        self.rows: list[list[Tensor]] = [[] for _ in range(rows)]  # of (vocabulary,)
+        self.steps: list[Tensor] = []  # of (rows, vocabulary)
+
+    def add(self, rows: list[int], values: Tensor) -> None:
+        """values (n, vocabulary), one for each of rows, which may repeat a row."""
+        for row, own in zip(rows, values.clone(), strict=True):
+            self.rows[row].append(own)
+
+    def cut(self, row: int, length: int) -> None:
+        """Forgets what came behind a row's end."""
+        del self.rows[row][length:]
+
+    def of(self, row: int, length: int) -> tuple[Tensor, ...]:
+        """The first ones of one row, (1, vocabulary) each."""
+        return tuple(own[None] for own in self.rows[row][:length])
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Zeros behind a row's end. Between two calls no row may have fallen behind another."""
+        for i in range(len(self.steps), max(map(len, self.rows))):
+            held = [row[i] if i < len(row) else None for row in self.rows]
+            blank = torch.zeros_like(next(own for own in held if own is not None))
+            self.steps.append(torch.stack([blank if own is None else own for own in held]))
+        return tuple(self.steps)
 
 
 @dataclass

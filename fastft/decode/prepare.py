@@ -24,6 +24,7 @@ from fastft.decode.cache import KVCache
 # Arguments of a forward that the loop makes itself.
 _KNOWN = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values",
           "cache_position"}  # fmt: skip
+_IDS = (torch.int64, torch.int32)
 
 
 class HandOver(Exception):
@@ -47,6 +48,7 @@ class Prepared:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model in a PeftModel whose adapters are injected into it."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if hasattr(model, "get_base_model"):
         if getattr(model, "active_peft_config", None) is not None:
             if model.active_peft_config.is_prompt_learning:
@@ -57,23 +59,24 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 def own_generate(model: nn.Module):
     """The generate of the class, whatever the instance has in its place."""
+    model = getattr(model, "_orig_mod", model)
     return type(model).generate.__get__(model)
 
 
 def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any]) -> Prepared:
     """Raises HandOver where transformers must serve the call, and what transformers raises."""
+    kwargs = dict(kwargs)
+    if isinstance(inputs, Mapping):
+        kwargs, inputs = {**inputs, **kwargs}, None
     for name in ("assistant_model", "synced_gpus", "custom_generate", "inputs_embeds",
                  "position_ids", "token_type_ids", "negative_prompt_ids"):  # fmt: skip
         if kwargs.get(name) is not None:
             raise HandOver(f"the argument {name}")
     if model.config.is_encoder_decoder:
         raise HandOver("an encoder-decoder model")
-    kwargs = _stop_strings(model, generation_config, dict(kwargs))
+    kwargs = _stop_strings(model, generation_config, kwargs)
     if "_config" in kwargs:
         generation_config = kwargs.pop("_config")
-    if isinstance(inputs, Mapping):
-        kwargs = {**inputs, **kwargs}
-        inputs = None
     if "input_ids" in kwargs and inputs is None:
         inputs = kwargs.pop("input_ids")
     asked = kwargs.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
@@ -113,6 +116,15 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
         cache = None
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
+    if mask.dim() != 2:
+        raise HandOver(f"an attention mask of {mask.dim()} dimensions")
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of inputs, {tuple(ids.shape)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    if cache is not None and any(cache.lengths) and cache.tokens is None and not mask.all():
+        raise HandOver("a cache whose slots hold padding")
     prompts = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -151,7 +163,7 @@ def _stop_strings(model: nn.Module, config, kwargs: dict[str, Any]) -> dict[str,
 
 
 def _check_ids(model: nn.Module, inputs) -> None:
-    if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
+    if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.dtype not in _IDS:
         got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else inputs
         got = got if isinstance(inputs, Tensor) else type(inputs).__name__
         raise TypeError(f"inputs: expected token ids (rows, length), got {got}")
