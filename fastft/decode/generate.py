@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fastft.decode import layers as reading
 from fastft.decode.acceptance import accept_sampled
 from fastft.decode.choice import Chooser
+from fastft.decode.cuda_graph import fused_step
 from fastft.decode.draft_length import DraftLength
 from fastft.decode.drafts import MOST, LookupDrafts, StepDrafts
 from fastft.decode.exit_head import ExitHead
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Stats
 from fastft.decode.prepare import HandOver, Prepared, inner_model, own_generate, prepare
-from fastft.decode.step import FusedStep
 
 _EXACT = "the bits of every row are those of the row alone, token by token"
 _TIES = "tokens are those of the row alone up to ties: widths and masks change roundings"
@@ -234,6 +234,7 @@ class Run:
 
     def output(self) -> GenerateOutput:
         self.stats.new_tokens = sum(self.ends) - self.width * len(self.ends)
+        self.stats.cuda_graphs = getattr(self.step, "report", None)
         self.stats.measure_memory(self.step.device)
         config = self.given.config
         asked = config.return_dict_in_generate
@@ -258,7 +259,7 @@ def _columns(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
 
 def draft_step(model: nn.Module):
     try:
-        return FusedStep(model)
+        return fused_step(model)
     except reading.Unfit:
         return ModuleStep(model)
 
@@ -276,7 +277,7 @@ def _begin(model, inputs, generation_config, speculation, seed, adapter_names, k
         adapter_names = _per_row(inner, adapter_names, prepared)
     try:
         with torch.no_grad():
-            step = FusedStep(inner, adapter_names)
+            step = fused_step(inner, adapter_names)
         if not step.bit_exact:
             stats.exact = _TIES
     except reading.Unfit as unfit:
