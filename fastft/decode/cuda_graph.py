@@ -67,8 +67,8 @@ class GraphStep(FusedStep):
 
     That holds where all rows that get tokens get the same number; rows that are finished get none
     and may be any. The first step of a shape runs as it is, the second is captured. Prompts and
-    ragged steps run kernel by kernel, and so does an early exit (`ExitStep`). Graphs are captured
-    anew where the cache has grown or anything else they read has moved. Where capturing fails a
+    ragged steps run kernel by kernel, and so does an early exit (`ExitStep`). All begins anew where
+    the cache has grown or anything else that a graph reads has moved. Where capturing fails a
     RuntimeWarning says why, and every step runs kernel by kernel; `report` tells it too.
     """
 
@@ -103,6 +103,7 @@ class GraphStep(FusedStep):
 
     def _all_logits(self, cache: KVCache, placed: tuple[list[int], ...], width: int) -> Tensor:
         """Of every new token: (tokens, vocabulary)."""
+        self._renew(cache)
         sizes = [len(numbers) for numbers in placed]
         key = sizes[3], sizes[0], width
         known = self.shapes.get(key)
@@ -113,7 +114,6 @@ class GraphStep(FusedStep):
         def compute() -> Tensor:
             return self._head(self._layers(cache, *shape.inputs.split(sizes), width))
 
-        self._renew(cache)
         if known is None:
             return self.graphs.warm_up(compute)
         if shape.replay is None:
@@ -121,7 +121,8 @@ class GraphStep(FusedStep):
                 shape.replay = self.graphs.capture(compute)
             except RuntimeError as error:
                 self.reason = f"capturing raised {type(error).__name__}: {error}"
-                warnings.warn(f"CUDA graphs of decode steps: {self.report}", stacklevel=2)
+                told = f"CUDA graphs of decode steps: {self.report}"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
                 return compute()
         self.replayed += 1
         return shape.replay()
@@ -133,8 +134,7 @@ class GraphStep(FusedStep):
         read = [*self._weights(), *(self.angles or ()), *held]
         addresses = (cache.capacity, *(t.data_ptr() for t in read))
         if addresses != self.addresses:
-            for shape in self.shapes.values():
-                shape.replay = None
+            self.shapes.clear()
             self.graphs, self.addresses = self.make_graphs(self.device), addresses
 
     def _weights(self) -> list[Tensor]:
