@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench.gpu import command, measure, peers, products, runner, sections
+from bench.gpu import command, decode, measure, peers, products, runner, sections
 from bench.gpu.case import BANDWIDTH, Case, Floor, Goal, Here, Report, Row, Skip, at_most
 from bench.gpu.measure import Session, Side, passes
 from bench.gpu.results import KEPT, ROOT, Results, folder_for
@@ -257,16 +257,31 @@ def test_a_process_that_dies_costs_one_case(tmp_path, monkeypatch):
 
 def test_a_section_from_end_to_end(tmp_path):
     arguments = ["--device=cpu", "--toy", "--section=bench-decode", f"--results={tmp_path}",
-                 "--only=generate Llama-3-8B", "--commit=c0ffee"]  # fmt: skip
+                 "--only=generate Llama-3-8B, 1 rows, LoRA", "--commit=c0ffee"]  # fmt: skip
     program = [sys.executable, "-m", "bench.gpu", *arguments]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
     cases = json.loads(path.read_text())["cases"]
-    assert list(cases) == ["bench-decode/rates", "bench-decode/generate Llama-3-8B, 1 rows"]
+    assert list(cases) == ["bench-decode/rates", "bench-decode/generate Llama-3-8B, 1 rows, LoRA"]
     assert all(entry["status"] == "done" for entry in cases.values())
     again = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "== bench-decode" not in again.stdout
+
+
+def test_the_floor_of_decoding_counts_what_a_pass_reads():
+    for tied in (False, True):
+        shape = dataclasses.replace(LLAMA_1B.here(HERE), tied=tied)
+        work = decode.Decoding.of(HERE, shape, rows=3)
+        layers = sum(m.weight.numel() for m in work.model.modules()
+                     if isinstance(m, torch.nn.Linear)) - 320 * 64  # fmt: skip
+        norms = 5 * 64
+        assert decode.stored_bytes(work.model) == 2 * (layers + norms + 320 * 64)
+        smaller = decode.quantized(4)(work.model)
+        assert decode.stored_bytes(smaller) == layers * 9 // 16 + 2 * (norms + 320 * 64)
+        # 3 rows that see 8, 9, 10 and 11 tokens; 2 layers of 2 key heads of 16, and the values.
+        cache = 3 * 38 * 2 * 2 * 2 * 16 * 2
+        assert work.floor(work.model).bytes == 4 * decode.stored_bytes(work.model) + cache
 
 
 def test_every_case_has_its_own_name():

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from fastft.decode import layers as reading
+from fastft.decode.cuda_graph import fused_step
 from fastft.decode.exit_head import ExitHead
 from fastft.decode.loop import Run
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Stats
 from fastft.decode.prepare import HandOver, Prepared, inner_model, own_generate, prepare
-from fastft.decode.step import FusedStep
 
 _EXACT = "the bits of every row are those of the row alone, token by token"
 _TIES = "tokens are those of the row alone up to ties: widths and masks change roundings"
@@ -41,8 +41,8 @@ def _begin(model, inputs, generation_config, speculation, seed, adapter_names, k
     try:
         with torch.no_grad():
             # A model is confirmed as it is: rows of several adapters have nothing to compare with.
-            step = FusedStep(inner)
-            step = step if adapter_names is None else FusedStep(inner, adapter_names)
+            step = fused_step(inner)
+            step = step if adapter_names is None else fused_step(inner, adapter_names)
         if not step.bit_exact:
             stats.exact = _TIES
     except reading.Unfit as unfit:

@@ -15,13 +15,13 @@ from fastft.decode import layers as reading
 from fastft.decode.acceptance import accept_sampled
 from fastft.decode.cache import KVCache
 from fastft.decode.choice import Chooser
+from fastft.decode.cuda_graph import fused_step
 from fastft.decode.draft_length import DraftLength
 from fastft.decode.drafts import MOST, LookupDrafts, StepDrafts
 from fastft.decode.exit_head import ExitHead
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Kept, Stats
 from fastft.decode.prepare import Prepared, inner_model
-from fastft.decode.step import FusedStep
 
 # Slots of a row taken at first; most answers end long before the length they may have.
 ROOM = 512
@@ -269,6 +269,7 @@ class Run:
 
     def output(self) -> GenerateOutput:
         self.stats.new_tokens = sum(self.ends) - self.width * len(self.ends)
+        self.stats.cuda_graphs = getattr(self.step, "report", None)
         self.stats.measure_memory(self.step.device)
         return GenerateOutput(
             sequences=self.ids[:, : max(self.ends)],
@@ -282,7 +283,7 @@ class Run:
 def draft_step(model: nn.Module):
     """Raises: ValueError for a model that cannot draft."""
     try:
-        return FusedStep(model)
+        return fused_step(model)
     except reading.Unfit:
         pass
     try:

@@ -20,6 +20,8 @@ class Stats:
     path: str = "decoder_layer"
     reason: str | None = None
     exact: str = ""
+    # On CUDA: how many passes of the model were replays of a CUDA graph, and what ended them.
+    cuda_graphs: str | None = None
     speculation: str | None = None
     rows: int = 0
     prompt_tokens: int = 0

@@ -64,16 +64,14 @@ class FusedStep:
         )
         return cache
 
-    def rotary(self, positions: Tensor, most: int) -> tuple[Tensor | None, Tensor | None]:
-        """cos, sin (tokens, dimensions) from a table that grows with the cache."""
-        module = self.fused.rotary
-        if module is None:
-            return None, None
-        if self.angles is None or len(self.angles[0]) < most:
+    def reserve(self, cache: KVCache, length: int) -> None:
+        """Room for so many slots a row, and the angles of all positions there is room for."""
+        cache.reserve(length)
+        module, most = self.fused.rotary, cache.capacity
+        if module is not None and (self.angles is None or len(self.angles[0]) < most):
             x = torch.empty(0, dtype=torch.float32, device=self.device)
             cos, sin = module(x, torch.arange(max(most, 512), device=self.device)[None])
             self.angles = cos[0].to(self.dtype), sin[0].to(self.dtype)
-        return self.angles[0].index_select(0, positions), self.angles[1].index_select(0, positions)
 
     def __call__(self, cache: KVCache, new: Sequence[Sequence[int]], keep: int = 1) -> Tensor:
         """Appends each row's new tokens; the logits of its last `keep` ones, or all if fewer.
@@ -107,24 +105,41 @@ class FusedStep:
         return x
 
     def _hidden(self, cache: KVCache, new) -> Tensor:
+        placed, lengths = self._place(cache, new)
+        on = {"dtype": torch.int32, "device": self.device}
+        x = self._layers(cache, *(torch.tensor(numbers, **on) for numbers in placed),
+                         max(map(len, new), default=0))  # fmt: skip
+        cache.set_lengths(lengths)
+        return x
+
+    def _place(self, cache: KVCache, new) -> tuple[tuple[list[int], ...], list[int]]:
+        """Token ids, their positions, cu_seqlens and lengths, as _layers takes them; the cache has
+        room for them then. And the lengths again, to set when it holds them."""
         before, counts = cache.lengths, [len(row) for row in new]
         lengths = [b + c for b, c in zip(before, counts, strict=True)]
-        cache.reserve(max(lengths, default=0))
-        on = {"device": self.device}
-        ids = torch.tensor(list(itertools.chain.from_iterable(new)), dtype=torch.long, **on)
-        where = [p for b, n in zip(before, lengths, strict=True) for p in range(b, n)]
-        positions = torch.tensor(where, dtype=torch.long, **on)
-        cos, sin = self.rotary(positions, cache.capacity)
-        tokens = Tokens(
-            torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, **on),
-            torch.tensor(lengths, dtype=torch.int32, **on),
-            max(counts, default=0), cos, sin, self.adapter_of,
-        )  # fmt: skip
+        self.reserve(cache, max(lengths, default=0))
+        ids = list(itertools.chain.from_iterable(new))
+        positions = [p for b, n in zip(before, lengths, strict=True) for p in range(b, n)]
+        return (ids, positions, [0, *itertools.accumulate(counts)], lengths), lengths
+
+    def _layers(
+        self,
+        cache: KVCache,
+        ids: Tensor,  # (tokens,) int32
+        positions: Tensor,  # (tokens,) int32
+        cu_seqlens: Tensor,  # (rows + 1,) int32
+        lengths: Tensor,  # (rows,) int32
+        queries: int,
+    ) -> Tensor:
+        """The hidden states (tokens, hidden); what depends on the tokens is read on the device."""
+        cos, sin = self.angles or (None, None)
+        if cos is not None:
+            cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+        tokens = Tokens(cu_seqlens, lengths, queries, cos, sin, self.adapter_of)
         x = self._embed(ids, positions)
         # An early exit has fewer layers than the cache it shares.
         for layer, held in zip(self.fused.layers, cache.layers, strict=False):
             x = decoder_layer(x, layer, held.keys, held.values, tokens)
-        cache.set_lengths(lengths)
         return x
 
     def _norm(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ anew when its weight has changed since.
 """
 
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,35 @@ class DecodeWeight:
         probe = _probe(weight)
         if not torch.equal(probe, self.probe):
             fresh = DecodeWeight.of(weight, self.kind)
-            self.stored, self.probe = fresh.stored, fresh.probe
+            self.stored.values.copy_(fresh.stored.values)
+            self.stored.scale.copy_(fresh.stored.scale)
+            self.probe = fresh.probe
         return self.stored
+
+
+def _in_large_pages(copies: list[DecodeWeight]) -> None:
+    """Moves int8 and int4 values on the CPU into one memory of 2 MB pages, where there are any.
+
+    Each token reads every page of every weight: with pages of 4 KB their look-ups took a sixth of a
+    decode step here.
+    """
+    copies = [c for c in copies if c.stored.values.device.type == "cpu"]
+    if not copies or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    page, line = 2**21, 64
+    sizes = [-(-c.stored.values.numel() // line) * line for c in copies]
+    memory = mmap.mmap(-1, sum(sizes) + page)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel built without them: the memory serves all the same
+        pass
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -whole.data_ptr() % page
+    for copy, size in zip(copies, sizes, strict=True):
+        values = copy.stored.values
+        moved = whole[begin : begin + values.numel()].view(values.dtype).view(values.shape)
+        copy.stored = QuantizedWeight(moved.copy_(values), copy.stored.scale)
+        begin += size
 
 
 def _probe(weight: Tensor) -> Tensor:
@@ -76,6 +104,7 @@ def store(model: nn.Module, kind: str) -> dict[str, int]:
             continue
         vars(module)[DECODE_WEIGHT] = DecodeWeight.of(weight, kind)
         counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
+    _in_large_pages([vars(m)[DECODE_WEIGHT] for m in model.modules() if DECODE_WEIGHT in vars(m)])
     return counts
 
 

@@ -61,6 +61,12 @@ def _decode_attention(query, key_cache, value_cache, lengths, scale, window, sof
     return out.to(query.dtype).contiguous()
 
 
+def serving(query: Tensor):
+    """The raw operator, or its reference for what the CUDA kernel does not take."""
+    refused = query.is_cuda and (query.shape[3] % 8 or query.shape[3] > 256)
+    return _decode_attention.reference if refused else _decode_attention
+
+
 def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
     if not query.is_floating_point():
         raise TypeError(f"query: expected a floating-point tensor, got {query.dtype}")
@@ -144,9 +150,7 @@ def decode_attention(
             "decode_attention has no gradient and no rule for torch.func: call it under "
             "torch.no_grad(), or call fastft.ops.attention.attention"
         )
-    # What the CUDA kernel does not take.
-    reference = query.is_cuda and (query.shape[3] % 8 or query.shape[3] > 256)
-    return (_decode_attention.reference if reference else _decode_attention)(
+    return serving(query)(
         query if query.stride(3) == 1 or query.shape[3] <= 1 else query.contiguous(),
         key_cache,
         value_cache,

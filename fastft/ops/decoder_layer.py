@@ -14,21 +14,26 @@ with them. So a prompt, a step of decoding and a draft that is verified are one 
 padding. On the CPU a token's result has the same bits whatever is computed beside it: that holds
 for every operator this one is made of (`quantized_linear`, `decode_attention`).
 Activations are float32 on the CPU whatever the weights are; there are no gradients.
+The reference, which also serves CUDA by the kernels of the operators it is made of, reads nothing
+on the host and its shapes do not depend on values, so that a CUDA graph can hold it.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastft.library import operator
-from fastft.ops.decode_attention import MAX_QUERIES, _decode_attention
-from fastft.ops.gated_mlp import _activation
+from fastft.ops.decode_attention import MAX_QUERIES, serving
+from fastft.ops.gated_mlp import _gated_mlp
 from fastft.ops.norm import _layer_norm, _rms_norm
 from fastft.ops.quantized_linear import Adapter, QuantizedWeight, _quantized_linear
 from fastft.ops.rotary import _rotary
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order the kernels number them
+_PLAIN = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ def _attend(q, keys, values, place, seen, queries, scale, window, softcap):
     for begin in range(0, queries, MAX_QUERIES):
         part = padded[:, begin : begin + MAX_QUERIES].to(keys.dtype)
         lengths = (seen - (queries - begin - part.shape[1])).clamp(min=0)
-        outs.append(_decode_attention(part, keys, values, lengths, scale, window, softcap))
+        attention = serving(part)
+        outs.append(attention(part, keys, values, lengths, scale, window, softcap))
     return torch.cat(outs, 1).flatten(0, 1)[place].to(q.dtype)
 
 
@@ -180,9 +186,9 @@ def _decoder_layer(
     attended = _attend(q, keys, values, place, seen, queries, scale, window, softcap)
     x = x + apply(attended.flatten(1), inputs, 1)
     h = apply(norm(x, norms[2], norms[3]), inputs + 1, last - inputs - 1)
-    gate, up = h.chunk(2, 1) if gated else (h, None)
-    h = _activation(gate, ACTIVATIONS[activation])[0]
-    return x + apply((h if up is None else h * up).contiguous(), last, 1)
+    name = ACTIVATIONS[activation]
+    h = _gated_mlp(*h.chunk(2, 1), name) if gated else _PLAIN[name](h)
+    return x + apply(h, last, 1)
 
 
 def decoder_layer(
