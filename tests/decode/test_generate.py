@@ -192,7 +192,8 @@ def test_processors_and_criteria_see_the_batch_as_in_transformers(llama):
         processor = Watch(lambda ids, scores: scores.roll(int(ids[:, -1].sum()) % 3, 1))
         criterion = Watch(lambda ids, scores: (ids[:, -1] % 7 == 0) & (ids.shape[1] > 9))
         tokens = call(
-            **x, max_new_tokens=14, eos_token_id=[EOS], logits_processor=LogitsProcessorList([processor]),
+            **x, max_new_tokens=14, eos_token_id=[EOS],
+            logits_processor=LogitsProcessorList([processor]),
             stopping_criteria=StoppingCriteriaList([criterion]),
         )  # fmt: skip
         seen.append((tokens.tolist(), processor.shown, criterion.shown))
