@@ -22,7 +22,8 @@ PROMPT = [token for x in range(SIZE) for token in (5, x, (2 * x + 1) % SIZE)] + 
 SHAPE = {"num_hidden_layers": 2, "vocab_size": SIZE, "eos_token_id": None, "pad_token_id": 0}
 ASKED = {
     "temperature": ({"temperature": 1.6}, [TemperatureLogitsWarper(1.6)]),
-    "top_k": ({"top_k": 4, "temperature": 2.0}, [TemperatureLogitsWarper(2.0), TopKLogitsWarper(4)]),
+    "top_k": ({"top_k": 4, "temperature": 2.0},
+              [TemperatureLogitsWarper(2.0), TopKLogitsWarper(4)]),
     "top_p": ({"top_p": 0.8, "temperature": 2.0},
               [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.8)]),
     "min_p": ({"min_p": 0.15, "temperature": 2.0},
@@ -59,11 +60,11 @@ def draws(model, count, asked, speculation, rows=250) -> torch.Tensor:
     """How often each of the (SIZE,) * NEW continuations came, and whether drafts were tried."""
     counts = torch.zeros((SIZE,) * NEW, dtype=torch.float64)
     drafted = 0
+    ids = torch.tensor([PROMPT])  # whose zeros would without a mask be taken for padding
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for i in range(count // rows):
         kwargs = {"do_sample": True, "top_k": 0, "num_return_sequences": rows, "seed": i, **asked}
-        out = fastft.generate(
-            model, torch.tensor([PROMPT]), max_new_tokens=NEW, speculation=speculation, **kwargs
-        )
+        out = fastft.generate(model, x, max_new_tokens=NEW, speculation=speculation, **kwargs)
         new = out.sequences[:, len(PROMPT) :]
         counts.index_put_(new.unbind(1), torch.ones(rows, dtype=torch.float64), accumulate=True)
         drafted += sum(out.stats.drafted)
@@ -76,11 +77,8 @@ def deviation(counts, chances) -> float:
     expected, counts = (chances * counts.sum()).flatten(), counts.flatten()
     assert not counts[expected == 0].any()
     often = expected >= 10
-    cells = [
-        (counts[often], expected[often]),
-        (counts[~often].sum()[None], expected[~often].sum()[None]),
-    ]
-    total = sum(((o - e) ** 2 / e.clamp(min=1.0)).sum() for o, e in cells)
+    rare = (counts[~often].sum() - expected[~often].sum()) ** 2 / expected[~often].sum().clamp(1.0)
+    total = ((counts - expected)[often] ** 2 / expected[often]).sum() + rare
     freedom = int(often.sum())
     assert freedom >= 5
     return float((total - freedom) / (2 * freedom) ** 0.5)

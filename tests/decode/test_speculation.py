@@ -105,11 +105,15 @@ def test_models_of_modules_draft_too(spec):
     assert accepted > 0
 
 
+def allowed(row, ids):
+    return range(3 + int(ids[-1]) % 3, 90, row + 2)
+
+
 ASKED = {
     "penalty": {"repetition_penalty": 1.1, "no_repeat_ngram_size": 4},
     "minimum": {"min_new_tokens": 8, "eos_token_id": [28, 62, 11, 12]},
     "bad_words": {"bad_words_ids": [[11, 12], [30]], "forced_eos_token_id": 9},
-    "prefix": {"prefix_allowed_tokens_fn": lambda row, ids: range(3 + int(ids[-1]) % 3, 90, row + 2)},
+    "prefix": {"prefix_allowed_tokens_fn": allowed},
     "encoder": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 3},
 }  # fmt: skip
 
