@@ -106,7 +106,7 @@ def test_caches_of_other_classes_are_transformers_to_fill(llama):
         assert torch.equal(out.sequences, want) and cache.get_seq_length() == 10
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_transformers_generates_with_it(kind):
     model, x = tiny(kind), padded([7, 4])
     one = {"input_ids": prompt(1, 6)}
@@ -120,7 +120,7 @@ def test_transformers_generates_with_it(kind):
     ):
         if kind == "mistral" and ("assistant_model" in kwargs or "prompt_lookup" in str(kwargs)):
             continue  # transformers' own default cache refuses to roll back a window
-        kwargs["max_new_tokens"] = 12
+        kwargs["max_new_tokens"] = 8
         torch.manual_seed(0)
         want = model.generate(**inputs, **kwargs)
         torch.manual_seed(0)

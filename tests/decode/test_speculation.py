@@ -53,6 +53,8 @@ def repeating(lengths, side="left"):
 @pytest.mark.parametrize("spec", KINDS)
 @pytest.mark.parametrize("kind", FUSED)
 def test_same_bits(kind, spec):
+    if spec == "modules" and kind != "llama":
+        pytest.skip("its drafts are as any others, and slow")
     same_bits(tiny(kind), spec)
 
 
