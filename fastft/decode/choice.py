@@ -1,7 +1,10 @@
 """From logits to tokens: processors, and greedy or random choice, as transformers makes them."""
 
+import copy
+
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 # Processors that read scores alone: all rows and draft positions may be given to them at once.
@@ -26,6 +29,16 @@ _ROWWISE = tuple(
     )
     if hasattr(logits_process, name)
 )  # fmt: skip
+
+
+def _of_row(processor, row: int):
+    """The processor for one row of the batch it was made for."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, Tensor) or len(ignored) == 1:
+        return processor
+    own = copy.copy(processor)
+    own.prompt_ignore_length = ignored[row : row + 1]
+    return own
 
 
 class Chooser:
@@ -81,7 +94,8 @@ class Chooser:
     def _alone(self, row: int, history: Tensor, logits: Tensor) -> Tensor:
         """Processed logits (1, vocabulary) of one row with tokens history (length,)."""
         if self.rowwise:
-            return self.processors(history[None], logits[None].clone())
+            processors = LogitsProcessorList(_of_row(p, row) for p in self.processors)
+            return processors(history[None], logits[None].clone())
         # What goes by a row's place in the batch finds it there.
         rows = len(self.ids)
         all_rows = self.processors(history.repeat(rows, 1), logits.repeat(rows, 1))

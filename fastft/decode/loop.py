@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode import layers as reading
-from fastft.decode.acceptance import accept_sampled
+from fastft.decode.acceptance import accept_sampled_rows
 from fastft.decode.cache import KVCache
 from fastft.decode.choice import Chooser
 from fastft.decode.cuda_graph import fused_step
@@ -215,26 +215,44 @@ class Run:
                 tokens = self.chooser.pick(scores)
             self._keep(self.active, logits, scores)
             return {row: (0, [token]) for row, token in zip(self.active, tokens, strict=True)}
-        taken, begin = {}, 0
-        for row in self.active:
-            guess = drafts[row].tokens if row in drafts else []
-            # Rows with shorter drafts return no more than what they were fed.
-            own = logits[begin : begin + len(guess) + 1]
-            begin += len(own)
-            histories = [guess[:i] for i in range(len(guess) + 1)]
-            scores = self.chooser.scores([row] * len(own), own, histories)
-            if self.given.config.do_sample:
-                q = drafts[row].q if row in drafts else None
-                draft = torch.tensor(guess, dtype=torch.long, device=scores.device)
-                accepted, token = accept_sampled(scores, draft, q, self.generator)
-            else:
-                best = self.chooser.pick(scores)
+        guesses = {row: drafts[row].tokens if row in drafts else [] for row in self.active}
+        rows = [row for row, guess in guesses.items() for _ in range(len(guess) + 1)]
+        behind = [guess[:i] for guess in guesses.values() for i in range(len(guess) + 1)]
+        scores = self.chooser.scores(rows, logits, behind)
+        counts = [len(guess) + 1 for guess in guesses.values()]
+        own = dict(zip(guesses, scores.split(counts), strict=True))
+        if self.given.config.do_sample:
+            taken = self._sample(own, guesses, drafts)
+        else:
+            taken = {}
+            for row, guess in guesses.items():
+                best = self.chooser.pick(own[row])
                 accepted = 0
                 while accepted < len(guess) and best[accepted] == guess[accepted]:
                     accepted += 1
-                token = best[accepted]
-            taken[row] = accepted, [*guess[:accepted], token]
-            self._keep([row] * (accepted + 1), own[: accepted + 1], scores[: accepted + 1])
+                taken[row] = accepted, [*guess[:accepted], best[accepted]]
+        for row, given in zip(guesses, logits.split(counts), strict=True):
+            most = taken[row][0] + 1
+            self._keep([row] * most, given[:most], own[row][:most])
+        return taken
+
+    def _sample(self, scores, guesses, drafts) -> dict[int, tuple[int, list[int]]]:
+        """Accepts drafts by chance, all of one length at once; scores[row] (n + 1, vocabulary)."""
+        taken = {}
+        for n in sorted({len(guess) for guess in guesses.values()}):
+            rows = [row for row, guess in guesses.items() if len(guess) == n]
+            draft = torch.tensor([guesses[row] for row in rows], dtype=torch.long)
+            q = None
+            if n and drafts[rows[0]].q is not None:
+                q = torch.stack([drafts[row].q for row in rows])
+            stacked = torch.stack([scores[row] for row in rows])
+            accepted, tokens = accept_sampled_rows(
+                stacked, draft.to(stacked.device), q, self.generator
+            )
+            for row, a, token in zip(rows, accepted.tolist(), tokens.tolist(), strict=True):
+                if token < 0:
+                    raise ValueError(f"scores: expected numbers and a finite maximum in row {row}")
+                taken[row] = a, [*guesses[row][:a], token]
         return taken
 
     def _keep(self, rows: list[int], logits: Tensor, scores: Tensor) -> None:

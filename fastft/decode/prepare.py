@@ -74,6 +74,8 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
             raise HandOver(f"the argument {name}")
     if model.config.is_encoder_decoder:
         raise HandOver("an encoder-decoder model")
+    if model._is_stateful:
+        raise HandOver(f"{type(model).__name__} keeps a state that cannot be rolled back")
     kwargs = _stop_strings(model, generation_config, kwargs)
     if "_config" in kwargs:
         generation_config = kwargs.pop("_config")
@@ -82,6 +84,15 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
     asked = kwargs.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
     if inputs is not None:
         _check_ids(model, inputs)
+        # Here, as transformers drops a mask of ones alone unseen.
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and mask.shape != inputs.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of inputs, {tuple(inputs.shape)}, got "
+                f"{tuple(mask.shape)}"
+            )
+    if asked is not None and not isinstance(asked, int):
+        raise TypeError(f"max_new_tokens: expected a whole number, got {asked!r}")
     if asked == 0 and inputs is not None:
         kwargs["max_new_tokens"] = 1  # transformers would refuse; the loop then stops at none
     captured = []
@@ -118,11 +129,6 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
     mask = torch.ones_like(ids) if mask is None else mask
     if mask.dim() != 2:
         raise HandOver(f"an attention mask of {mask.dim()} dimensions")
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask: expected the shape of inputs, {tuple(ids.shape)}, got "
-            f"{tuple(mask.shape)}"
-        )
     if cache is not None and any(cache.lengths) and cache.tokens is None and not mask.all():
         raise HandOver("a cache whose slots hold padding")
     prompts = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
