@@ -27,25 +27,58 @@ using Sums = Vec[kTile][kChannels];
 
 // ---- sums ----------------------------------------------------------------------------------------
 
-// sums[r][c] += x[r] * weights[c], lane by lane, over the inputs [begin, end).
+// Rows of a tile from some input on, and of what a layout's shift takes off each run of them.
+struct Inputs {
+  Rows x, shifts;
+  Inputs from(int64_t row) const {
+    return {{x[row], x.stride}, {shifts.data ? shifts[row] : nullptr, shifts.stride}};
+  }
+};
+
+// own[r][c] += x[r] * weights[c], lane by lane, over the inputs [begin, end).
 template <int R, class Weights>
-void dot(const Weights& w, Rows x, int64_t begin, int64_t end, Vec (*sums)[kChannels]) {
+inline void add_inputs(const Weights& w, const Inputs& in, int64_t begin, int64_t end,
+                       Vec (&own)[R][kChannels]) {
+  if constexpr (Weights::grouped) {
+    for (int64_t k = begin; k < end; k += kRun)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        Vec numbers[kRunVecs];
+        w.run(c, k, numbers);
+        const Vec scale = broadcast(w.scale_of(c, k));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const float* x = in.x[r] + k;
+          Vec run{};
+          if constexpr (Weights::kShift != 0) run = load(in.shifts[r] + k / kRun * kWidth);
+#pragma GCC unroll 8
+          for (int v = 0; v < kRunVecs; ++v) run = fma(load(x + v * kWidth), numbers[v], run);
+          own[r][c] = fma(run, scale, own[r][c]);
+        }
+      }
+  } else {
+    for_each_input(begin, end, [&](int64_t k, int v, auto n) {
+      Vec weights[kChannels];
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) weights[c] = w.load(c, k, v, n);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        Vec value = load(in.x[r] + k + v);
+#pragma GCC unroll 4
+        for (int c = 0; c < kChannels; ++c) own[r][c] = fma(value, weights[c], own[r][c]);
+      }
+    });
+  }
+}
+
+template <int R, class Weights>
+void dot(const Weights& w, Inputs in, int64_t begin, int64_t end, Vec (*sums)[kChannels]) {
   Vec own[R][kChannels];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < kChannels; ++c) own[r][c] = sums[r][c];
-  for_each_input(begin, end, [&](int64_t k, int v, auto n) {
-    Vec weights[kChannels];
-#pragma GCC unroll 4
-    for (int c = 0; c < kChannels; ++c) weights[c] = w.load(c, k, v, n);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      Vec value = load(x[r] + k + v);
-#pragma GCC unroll 4
-      for (int c = 0; c < kChannels; ++c) own[r][c] = fma(value, weights[c], own[r][c]);
-    }
-  });
+  add_inputs<R>(w, in, begin, end, own);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -53,32 +86,56 @@ void dot(const Weights& w, Rows x, int64_t begin, int64_t end, Vec (*sums)[kChan
 }
 
 template <int R = kMaxRows, class Weights>
-inline void dot_rows(const Weights& w, Rows x, int rows, int64_t begin, int64_t end,
+inline void dot_rows(const Weights& w, Inputs in, int rows, int64_t begin, int64_t end,
                      Vec (*sums)[kChannels]) {
   if constexpr (R > 1)
-    if (rows < R) return dot_rows<R - 1>(w, x, rows, begin, end, sums);
-  dot<R>(w, x, begin, end, sums);
+    if (rows < R) return dot_rows<R - 1>(w, in, rows, begin, end, sums);
+  dot<R>(w, in, begin, end, sums);
 }
 
 // Up to kTile rows as floats, with zeros after each up to a whole vector. Element (row, k) lies at
 // data + row * stride + k. Many rows are packed in slices of kSlice inputs, `slice` floats apart:
 // the rows of a tensor may lie a power of two apart, where the first cache holds only a few.
+// shifts: -8 times the lane sums of every run, for layouts that store numbers plus 8; or null.
 struct Tile {
   const float* data;
   int64_t stride, slice;
   int rows;
+  const float* shifts;
+  int64_t shift_stride;
 };
 
 // The same for a slice of more rows than fit the registers: unpacked once, then in parts.
 template <class Weights>
 void add_slice(const Weights& w, const Tile& x, int64_t begin, int64_t end, float* unpacked,
                Vec (*sums)[kChannels]) {
-  const float* data = x.data + begin / kSlice * x.slice;
-  Plain<float> floats{};
+  auto add_parts = [&](const auto& floats) {
+    const Inputs all{{x.data + begin / kSlice * x.slice, x.stride},
+                     {x.shifts ? x.shifts + begin / kRun * kWidth : nullptr, x.shift_stride}};
+    const int parts = (x.rows + kMaxRows - 1) / kMaxRows;
+    for (int part = 0; part < parts; ++part) {
+      const int first = x.rows * part / parts, last = x.rows * (part + 1) / parts;
+      dot_rows(floats, all.from(first), last - first, 0, end - begin, sums + first);
+    }
+  };
   if constexpr (std::is_same_v<Weights, Plain<float>>) {
-    floats = w;
+    Plain<float> floats = w;
     for (int c = 0; c < kChannels; ++c) floats.row[c] += begin;
+    add_parts(floats);
+  } else if constexpr (Weights::grouped) {
+    Unpacked<Weights> floats{{}, {}, w.shift};
+    for (int c = 0; c < kChannels; ++c) {
+      float* slice = unpacked + c * kSlice;
+      floats.row[c] = slice, floats.scale[c] = w.scale[c] + (begin >> w.shift);
+      for (int64_t k = begin; k < end; k += kRun) {
+        Vec numbers[kRunVecs];
+        w.run(c, k, numbers);
+        for (int v = 0; v < kRunVecs; ++v) store(slice + k - begin + v * kWidth, numbers[v]);
+      }
+    }
+    add_parts(floats);
   } else {
+    Plain<float> floats{};
     for (int c = 0; c < kChannels; ++c) {
       float* slice = unpacked + c * kSlice;
       floats.row[c] = slice;
@@ -86,12 +143,7 @@ void add_slice(const Weights& w, const Tile& x, int64_t begin, int64_t end, floa
         store(slice + k - begin + v, w.load(c, k, v, n));
       });
     }
-  }
-  const int parts = (x.rows + kMaxRows - 1) / kMaxRows;
-  for (int part = 0; part < parts; ++part) {
-    const int first = x.rows * part / parts, last = x.rows * (part + 1) / parts;
-    dot_rows(floats, Rows{data + first * x.stride, x.stride}, last - first, 0, end - begin,
-             sums + first);
+    add_parts(floats);
   }
 }
 
@@ -104,7 +156,7 @@ void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unp
       for (int c = 0; c < kChannels; ++c) sums[q][r][c] = Vec{};
   if (x.rows <= kMaxRows) {
     for (int q = 0; q < quads; ++q)
-      dot_rows(w[q], Rows{x.data, x.stride}, x.rows, 0, in, sums[q]);
+      dot_rows(w[q], {{x.data, x.stride}, {x.shifts, x.shift_stride}}, x.rows, 0, in, sums[q]);
     return;
   }
   for (int64_t begin = 0; begin < in; begin += kSlice)
@@ -132,18 +184,34 @@ void to_floats(const FloatRows& in, int64_t row, int64_t first, int64_t count, f
   });
 }
 
-constexpr int64_t tile_floats(int64_t in) { return kTile * round_up(in, kSlice); }
+constexpr int64_t shift_floats(int64_t in) { return in / kRun * kWidth; }
+constexpr int64_t tile_floats(int64_t in) {
+  return kTile * (round_up(in, kSlice) + round_up(shift_floats(in), kWidth));
+}
 
-Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, float* scratch) {
+Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, bool shifted, float* scratch) {
   const bool packed = rows > kMaxRows;
-  if (!packed && a.x.dtype == DType::float32 && a.in % kWidth == 0)
-    return {static_cast<const float*>(a.x.data) + row * a.x.stride, a.x.stride, kSlice, rows};
   Tile tile{scratch, packed ? kSlice : round_up(a.in, kSlice), packed ? rows * kSlice : kSlice,
-            rows};
-  for (int64_t k = 0; k < a.in; k += kSlice)
-    for (int r = 0; r < rows; ++r)
-      to_floats(a.x, row + r, k, std::min(kSlice, a.in - k),
-                scratch + k / kSlice * tile.slice + r * tile.stride);
+            rows, nullptr, shift_floats(a.in)};
+  if (!packed && a.x.dtype == DType::float32 && a.in % kWidth == 0) {
+    tile.data = static_cast<const float*>(a.x.data) + row * a.x.stride, tile.stride = a.x.stride;
+  } else {
+    for (int64_t k = 0; k < a.in; k += kSlice)
+      for (int r = 0; r < rows; ++r)
+        to_floats(a.x, row + r, k, std::min(kSlice, a.in - k),
+                  scratch + k / kSlice * tile.slice + r * tile.stride);
+  }
+  if (!shifted || NibbleNumbers::kShift == 0) return tile;
+  float* shifts = scratch + kTile * round_up(a.in, kSlice);
+  tile.shifts = shifts;
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k + kRun <= a.in; k += kRun) {
+      const float* x = tile.data + k / kSlice * tile.slice + k % kSlice + r * tile.stride;
+      if (!packed) x = tile.data + r * tile.stride + k;
+      Vec total{};
+      for (int v = 0; v < kRunVecs; ++v) total += load(x + v * kWidth);
+      store(shifts + r * tile.shift_stride + k / kRun * kWidth, total * -NibbleNumbers::kShift);
+    }
   return tile;
 }
 
@@ -168,7 +236,7 @@ Weights weights_at(const QuantizedLinear& a, int64_t first, float* scales) {
   Weights w;
   point(w.row, a.values, a.values_stride, first, a.out);
   w.ahead = ahead_of(a.values_stride * int64_t(sizeof *w.row[0]));
-  if constexpr (std::is_same_v<Weights, Int8Grouped> || std::is_same_v<Weights, Int4>) {
+  if constexpr (Weights::grouped) {
     const BFloat16* stored[kChannels];
     point(stored, a.scale, a.scale_stride, first, a.out);
     const int64_t groups = a.in / a.group;
@@ -303,6 +371,7 @@ template <class T>
 void layers(const QuantizedLinear* parts, int count) {
   constexpr int64_t kBlock = kQuads * kChannels, kTiles = kChunk / kTile;
   const QuantizedLinear& first = parts[0];
+  bool shifted = false;
   int64_t blocks[kParts], lows[kParts], ranks[kParts + 1] = {}, all = 0, low = 0, work = 0, room = 0;
   for (int p = 0; p < count; ++p) {
     const QuantizedLinear& a = parts[p];
@@ -311,6 +380,7 @@ void layers(const QuantizedLinear* parts, int count) {
     ranks[p + 1] = ranks[p] + round_up(a.rank, kWidth);
     work += a.rows * a.in * a.out;
     room = std::max(room, Room::floats(a));
+    shifted = shifted || a.layout == WeightLayout::int4;
   }
   const int64_t most = std::min(kTiles, (first.rows + kTile - 1) / kTile);
   const int64_t width = tile_floats(first.in), span = most * kTile;
@@ -322,11 +392,12 @@ void layers(const QuantizedLinear* parts, int count) {
     Tile x[kTiles];
     auto low_rows = [&](int p, int64_t tile) {
       const int64_t rank = ranks[p + 1] - ranks[p];
-      return Tile{ts.data + span * ranks[p] + tile * kTile * rank, rank, kSlice, x[tile].rows};
+      return Tile{ts.data + span * ranks[p] + tile * kTile * rank, rank, kSlice, x[tile].rows,
+                  nullptr, 0};
     };
 #pragma omp parallel for num_threads(threads) if (rows * first.in >= kGrain)
     for (int64_t i = 0; i < tiles; ++i)
-      x[i] = make_tile(first, start + i * kTile, int(std::min(kTile, rows - i * kTile)),
+      x[i] = make_tile(first, start + i * kTile, int(std::min(kTile, rows - i * kTile)), shifted,
                        xs.data + i * width);
 #pragma omp parallel for num_threads(threads) if (rows * first.in * ranks[count] >= 8 * kGrain)
     for (int64_t i = 0; i < tiles * low; ++i) {

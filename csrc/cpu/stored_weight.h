@@ -25,11 +25,12 @@ inline Vec load_bytes(const int8_t* p) {
 #endif
 }
 
-// The low or the high nibbles of kWidth bytes: numbers plus 8.
+// The low or the high nibbles of kWidth bytes: the numbers, plus 8 but where a table gives them.
 inline Vec load_nibbles(const uint8_t* p, bool high) {
 #if defined(__AVX512F__)
   // The permutation looks at the low four bits of a lane alone.
-  const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 numbers =
+      _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return (Vec)_mm512_permutexvar_ps(high ? _mm512_srli_epi32(lanes, 4) : lanes, numbers);
 #else
@@ -51,10 +52,12 @@ inline void prefetch(const void* p, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(p) + ahead), 0, 2);
 }
 
-// load(c, k, v, n) of every layout: n inputs of row c from k + v on, v a constant below kRun.
+// load(c, k, v, n) of a layout: n inputs of row c from k + v on, v a constant below kRun.
 // Without scales, or with one per channel, which is applied to the sums.
 template <class T>
 struct Plain {
+  static constexpr bool grouped = false;
+  static constexpr float kShift = 0.f;
   const T* row[kChannels];
   int64_t ahead;  // bytes from a channel to one that is read later
   template <class Count>
@@ -73,31 +76,67 @@ struct Plain {
   }
 };
 
-// Rows of whole groups, so every vector is whole.
-struct Int8Grouped {
-  const int8_t* row[kChannels];
+// Layouts with scales per group: run(c, k, numbers) gives a run of kRun numbers of row c from k on,
+// plus kShift, and a row's sum over it is scaled at once: scale_of(c, k) (sum - kShift sum of x).
+constexpr int kRunVecs = kRun / kWidth;
+
+template <class Numbers>
+struct Grouped {
+  static constexpr bool grouped = true;
+  static constexpr float kShift = Numbers::kShift;
+  const typename Numbers::Element* row[kChannels];
   int64_t ahead;
   const float* scale[kChannels];
-  int shift;
-  template <class Count>
-  Vec load(int c, int64_t k, int64_t v, Count) const {
-    if (v == 0) prefetch(row[c] + k, ahead);
-    return load_bytes(row[c] + k + v) * scale[c][k >> shift];
+  int shift;  // log2 of the group
+  void run(int c, int64_t k, Vec (&numbers)[kRunVecs]) const {
+    const auto* p = row[c] + k / Numbers::kInputs;
+    prefetch(p, ahead);
+    Numbers::load(p, numbers);
+  }
+  float scale_of(int c, int64_t k) const { return scale[c][k >> shift]; }
+};
+
+struct ByteNumbers {
+  using Element = int8_t;
+  static constexpr int kInputs = 1;  // of an element
+  static constexpr float kShift = 0.f;
+  static void load(const int8_t* p, Vec (&numbers)[kRunVecs]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kRunVecs; ++v) numbers[v] = load_bytes(p + v * kWidth);
   }
 };
-struct Int4 {
-  const uint8_t* row[kChannels];
-  int64_t ahead;
+struct NibbleNumbers {
+  using Element = uint8_t;
+  static constexpr int kInputs = 2;
+#if defined(__AVX512F__)
+  static constexpr float kShift = 0.f;  // a table gives the numbers themselves
+#else
+  static constexpr float kShift = 8.f;
+#endif
+  static void load(const uint8_t* p, Vec (&numbers)[kRunVecs]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kRunVecs / 2; ++v) {
+      numbers[v] = load_nibbles(p + v * kWidth, false);
+      numbers[v + kRunVecs / 2] = load_nibbles(p + v * kWidth, true);
+    }
+  }
+};
+using Int8Grouped = Grouped<ByteNumbers>;
+using Int4 = Grouped<NibbleNumbers>;
+
+// The same numbers, unpacked: what several parts of a tile share.
+template <class Stored>
+struct Unpacked {
+  static constexpr bool grouped = true;
+  static constexpr float kShift = Stored::kShift;
+  const float* row[kChannels];
   const float* scale[kChannels];
   int shift;
-  template <class Count>
-  Vec load(int c, int64_t k, int64_t v, Count) const {
-    const uint8_t* p = row[c] + k / 2 + v % 16;
-    if (v == 0) prefetch(p, ahead);
-    const Vec factor = broadcast(scale[c][k >> shift]);
-    // (number + 8) scale - 8 scale, whose only rounding is that of the product.
-    return fma(load_nibbles(p, v >= 16), factor, factor * -8.f);
+  void run(int c, int64_t k, Vec (&numbers)[kRunVecs]) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < kRunVecs; ++v) numbers[v] = load(row[c] + k + v * kWidth);
   }
+  float scale_of(int c, int64_t k) const { return scale[c][k >> shift]; }
 };
 
 // Calls body(k, v, n) for every vector of [begin, end), begin a multiple of kRun.
