@@ -96,7 +96,8 @@ def test_models_of_modules_draft_too(spec):
     model = full_gemma()
     drafts, accepted = spec if spec == "prompt_lookup" else model, 0
     for x in (repeating([12]), repeating([12, 1, 7]), repeating([3, 12, 5], "right")):
-        ours = fastft.generate(model, x, max_new_tokens=25, speculation=drafts)
+        ours = fastft.generate(model, x, max_new_tokens=25, speculation=drafts, output_logits=True)
+        assert not ours.logits[0].requires_grad
         assert ours.stats.path == "modules" and "Gemma2" in ours.stats.reason
         accepted += sum(ours.stats.accepted)
         for row, keep in enumerate(x["attention_mask"].bool()):
@@ -151,6 +152,7 @@ def test_a_perfect_draft_that_ends_in_the_middle():
         assert ours.past_key_values.tokens == plain.past_key_values.tokens
         if "output_scores" in kwargs:
             assert len(ours.scores) == len(plain.scores)
+            assert all(map(torch.equal, ours.scores, plain.scores))  # zeros behind a row's end
         assert all(ours.stats.accepted) and ours.stats.steps < plain.stats.steps
 
 
