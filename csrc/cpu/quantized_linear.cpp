@@ -7,162 +7,14 @@
 #include <algorithm>
 
 #include "scratch.h"
-#include "stored_weight.h"
-#include "tile.h"
+#include "stored_dot.h"
+#include "transposed_linear.h"
 
 namespace fastft::FASTFT_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kMaxRows = 6;  // with 4 channels, 24 of 32 registers hold sums
-#else
-constexpr int kMaxRows = 3;  // 12 of 16
-#endif
 constexpr int kQuads = 4;        // kChannels outputs each: what a thread takes at a time
-constexpr int64_t kTile = 16;    // rows that share one read of the weight
-constexpr int64_t kSlice = 512;  // inputs of a tile that stay in the first cache, in 32 KB
 constexpr int64_t kChunk = 256;  // rows that are made ready at once
-
-using Sums = Vec[kTile][kChannels];
-
-// ---- sums ----------------------------------------------------------------------------------------
-
-// Rows of a tile from some input on, and of what a layout's shift takes off each run of them.
-struct Inputs {
-  Rows x, shifts;
-  Inputs from(int64_t row) const {
-    return {{x[row], x.stride}, {shifts.data ? shifts[row] : nullptr, shifts.stride}};
-  }
-};
-
-// own[r][c] += x[r] * weights[c], lane by lane, over the inputs [begin, end).
-template <int R, class Weights>
-inline void add_inputs(const Weights& w, const Inputs& in, int64_t begin, int64_t end,
-                       Vec (&own)[R][kChannels]) {
-  if constexpr (Weights::grouped) {
-    for (int64_t k = begin; k < end; k += kRun)
-#pragma GCC unroll 4
-      for (int c = 0; c < kChannels; ++c) {
-        Vec numbers[kRunVecs];
-        w.run(c, k, numbers);
-        const Vec scale = broadcast(w.scale_of(c, k));
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const float* x = in.x[r] + k;
-          Vec run{};
-          if constexpr (Weights::kShift != 0) run = load(in.shifts[r] + k / kRun * kWidth);
-#pragma GCC unroll 8
-          for (int v = 0; v < kRunVecs; ++v) run = fma(load(x + v * kWidth), numbers[v], run);
-          own[r][c] = fma(run, scale, own[r][c]);
-        }
-      }
-  } else {
-    for_each_input(begin, end, [&](int64_t k, int v, auto n) {
-      Vec weights[kChannels];
-#pragma GCC unroll 4
-      for (int c = 0; c < kChannels; ++c) weights[c] = w.load(c, k, v, n);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        Vec value = load(in.x[r] + k + v);
-#pragma GCC unroll 4
-        for (int c = 0; c < kChannels; ++c) own[r][c] = fma(value, weights[c], own[r][c]);
-      }
-    });
-  }
-}
-
-template <int R, class Weights>
-void dot(const Weights& w, Inputs in, int64_t begin, int64_t end, Vec (*sums)[kChannels]) {
-  Vec own[R][kChannels];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < kChannels; ++c) own[r][c] = sums[r][c];
-  add_inputs<R>(w, in, begin, end, own);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < kChannels; ++c) sums[r][c] = own[r][c];
-}
-
-template <int R = kMaxRows, class Weights>
-inline void dot_rows(const Weights& w, Inputs in, int rows, int64_t begin, int64_t end,
-                     Vec (*sums)[kChannels]) {
-  if constexpr (R > 1)
-    if (rows < R) return dot_rows<R - 1>(w, in, rows, begin, end, sums);
-  dot<R>(w, in, begin, end, sums);
-}
-
-// Up to kTile rows as floats, with zeros after each up to a whole vector. Element (row, k) lies at
-// data + row * stride + k. Many rows are packed in slices of kSlice inputs, `slice` floats apart:
-// the rows of a tensor may lie a power of two apart, where the first cache holds only a few.
-// shifts: -8 times the lane sums of every run, for layouts that store numbers plus 8; or null.
-struct Tile {
-  const float* data;
-  int64_t stride, slice;
-  int rows;
-  const float* shifts;
-  int64_t shift_stride;
-};
-
-// The same for a slice of more rows than fit the registers: unpacked once, then in parts.
-template <class Weights>
-void add_slice(const Weights& w, const Tile& x, int64_t begin, int64_t end, float* unpacked,
-               Vec (*sums)[kChannels]) {
-  auto add_parts = [&](const auto& floats) {
-    const Inputs all{{x.data + begin / kSlice * x.slice, x.stride},
-                     {x.shifts ? x.shifts + begin / kRun * kWidth : nullptr, x.shift_stride}};
-    const int parts = (x.rows + kMaxRows - 1) / kMaxRows;
-    for (int part = 0; part < parts; ++part) {
-      const int first = x.rows * part / parts, last = x.rows * (part + 1) / parts;
-      dot_rows(floats, all.from(first), last - first, 0, end - begin, sums + first);
-    }
-  };
-  if constexpr (std::is_same_v<Weights, Plain<float>>) {
-    Plain<float> floats = w;
-    for (int c = 0; c < kChannels; ++c) floats.row[c] += begin;
-    add_parts(floats);
-  } else if constexpr (Weights::grouped) {
-    Unpacked<Weights> floats{{}, {}, w.shift};
-    for (int c = 0; c < kChannels; ++c) {
-      float* slice = unpacked + c * kSlice;
-      floats.row[c] = slice, floats.scale[c] = w.scale[c] + (begin >> w.shift);
-      for (int64_t k = begin; k < end; k += kRun) {
-        Vec numbers[kRunVecs];
-        w.run(c, k, numbers);
-        for (int v = 0; v < kRunVecs; ++v) store(slice + k - begin + v * kWidth, numbers[v]);
-      }
-    }
-    add_parts(floats);
-  } else {
-    Plain<float> floats{};
-    for (int c = 0; c < kChannels; ++c) {
-      float* slice = unpacked + c * kSlice;
-      floats.row[c] = slice;
-      for_each_input(begin, end, [&](int64_t k, int v, auto n) {
-        store(slice + k - begin + v, w.load(c, k, v, n));
-      });
-    }
-    add_parts(floats);
-  }
-}
-
-// sums[q] = x * weights[q] over all inputs; `unpacked` holds kChannels slices of floats.
-template <class Weights>
-void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unpacked,
-              Sums* sums) {
-  for (int q = 0; q < quads; ++q)
-    for (int r = 0; r < x.rows; ++r)
-      for (int c = 0; c < kChannels; ++c) sums[q][r][c] = Vec{};
-  if (x.rows <= kMaxRows) {
-    for (int q = 0; q < quads; ++q)
-      dot_rows(w[q], {{x.data, x.stride}, {x.shifts, x.shift_stride}}, x.rows, 0, in, sums[q]);
-    return;
-  }
-  for (int64_t begin = 0; begin < in; begin += kSlice)
-    for (int q = 0; q < quads; ++q)
-      add_slice(w[q], x, begin, std::min(begin + kSlice, in), unpacked, sums[q]);
-}
 
 // Lane c of the result, c < kChannels, is the sum of all lanes of sums[c].
 inline Vec fold_channels(const Vec* sums) {
@@ -175,14 +27,6 @@ inline Vec fold_channels(const Vec* sums) {
 }
 
 // ---- the layer -----------------------------------------------------------------------------------
-
-// One row of any type as float32, padded with zeros to whole vectors.
-void to_floats(const FloatRows& in, int64_t row, int64_t first, int64_t count, float* out) {
-  by_dtype(in.dtype, [&](auto element) {
-    const auto* data = static_cast<const decltype(element)*>(in.data) + row * in.stride + first;
-    for_each_vec(count, [&](int64_t i, auto n) { store(out + i, load(data + i, n)); });
-  });
-}
 
 constexpr int64_t shift_floats(int64_t in) { return in / kRun * kWidth; }
 constexpr int64_t tile_floats(int64_t in) {
@@ -413,59 +257,6 @@ void layers(const QuantizedLinear* parts, int count) {
       for (int64_t i = 0; i < tiles; ++i)
         layer_block(a, x[i], low_rows(item.part, i), item.index * kBlock, Room(own.own(), a),
                     static_cast<T*>(a.y) + (start + i * kTile) * a.y_stride);
-    }
-  }
-}
-
-// ---- weights that lie as (in, out) ---------------------------------------------------------------
-
-constexpr int kStreams = 8;  // rows of the weight that are read side by side
-
-// sums[r][c] += x[r][k] w[k][c] for K inputs in ascending order; w's rows lie `stride` apart.
-template <int K, class W>
-void add_rows(const W* w, int64_t stride, const float* x, int64_t x_stride, int rows,
-              int64_t columns, float* sums) {
-  for_each_vec(columns, [&](int64_t c, auto n) {
-    Vec weights[K];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) weights[k] = load(w + k * stride + c, n);
-    for (int r = 0; r < rows; ++r) {
-      Vec sum = load(sums + r * columns + c, n);
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) sum = fma(broadcast(x[r * x_stride + k]), weights[k], sum);
-      store(sums + r * columns + c, sum, n);
-    }
-  });
-}
-
-template <class W, class T>
-void transposed_layer(const QuantizedLinear& a) {
-  const int threads = threads_for((a.out + 63) / 64, a.rows * a.in * a.out >= kGrain);
-  const int64_t columns = (a.out / threads + 63) / 64 * 64, parts = (a.out + columns - 1) / columns;
-  const int64_t stride = round_up(a.in, kWidth);
-  Scratch xs(kTile * stride), sums(kTile * columns, int(parts)), bias(a.bias.data ? a.out : 0);
-  for (int64_t c = 0; a.bias.data && c < a.out; ++c) to_floats(a.bias, c, 0, 1, bias.data + c);
-  for (int64_t row = 0; row < a.rows; row += kTile) {
-    const int rows = int(std::min(kTile, a.rows - row));
-    for (int r = 0; r < rows; ++r) to_floats(a.x, row + r, 0, a.in, xs.data + r * stride);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = part * columns, own = std::min(columns, a.out - first);
-      const W* w = static_cast<const W*>(a.values) + first;
-      float* sum = sums.data + part * sums.size;
-      std::fill_n(sum, rows * own, 0.f);
-      int64_t k = 0;
-      for (; k + kStreams <= a.in; k += kStreams)
-        add_rows<kStreams>(w + k * a.values_stride, a.values_stride, xs.data + k, stride, rows, own,
-                           sum);
-      for (; k < a.in; ++k)
-        add_rows<1>(w + k * a.values_stride, a.values_stride, xs.data + k, stride, rows, own, sum);
-      for (int r = 0; r < rows; ++r)
-        for_each_vec(own, [&](int64_t c, auto n) {
-          Vec total = load(sum + r * own + c, n);
-          if (a.bias.data) total += load(bias.data + first + c, n);
-          store(static_cast<T*>(a.y) + (row + r) * a.y_stride + first + c, total, n);
-        });
     }
   }
 }
