@@ -5,7 +5,8 @@ Two kinds with one interface: `FusedStep` computes a layer per operator call and
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,11 @@ class FusedStep:
         return x
 
     def _hidden(self, cache: KVCache, new) -> Tensor:
+        (last,) = deque(self.states(cache, new), maxlen=1)
+        return last
+
+    def states(self, cache: KVCache, new: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Appends each row's new tokens; yields (tokens, hidden) behind each layer in turn."""
         before, counts = cache.lengths, [len(row) for row in new]
         lengths = [b + c for b, c in zip(before, counts, strict=True)]
         cache.reserve(max(lengths, default=0))
@@ -124,8 +130,8 @@ class FusedStep:
         # An early exit has fewer layers than the cache it shares.
         for layer, held in zip(self.fused.layers, cache.layers, strict=False):
             x = decoder_layer(x, layer, held.keys, held.values, tokens)
+            yield x
         cache.set_lengths(lengths)
-        return x
 
     def _norm(self, hidden: Tensor) -> Tensor:
         first, norm = self.fused.layers[0], self.fused.final_norm
