@@ -1,12 +1,14 @@
 """train_draft: an ExitHead for a model, trained on the data of its fine-tune.
 
-    loss = - sum over positions and ids of the vocabulary  p log q
+    loss = 1 - sum over the vocabulary of min(p, q)                  the mean over positions
 
-with p the model's own next-token distribution and q the head's: the cross entropy of the tokens
-that verification will choose, whatever the text says, so the text needs no labels and the head
-follows the fine-tuned model rather than its data. Where p lies outside the vocabulary, a position
-counts the less. The model stays frozen and runs as `fastft.generate` runs it, through the fused
-step: adapters, quantised weights, left-out padding and roundings are those that drafts will meet.
+with p the model's own next-token distribution and q the head's: the chance that a draft drawn from
+q is rejected, itself (Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6). On SmolLM2-135M it
+left greedy and sampled drafts more often right than cross entropy did, against p or its best token.
+It asks what the model says, whatever the text does, so the text needs no labels and the head
+follows the fine-tuned model rather than its data. The model stays frozen and runs as
+`fastft.generate` runs it, through the fused step: adapters, quantised weights, left-out padding and
+roundings are those that drafts will meet.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,7 +72,7 @@ class DraftTrainer:
         return y
 
     def step(self, hidden: Tensor, logits: Tensor | Callable[[slice], Tensor]) -> float:
-        """One step of Adam; returns the loss per position.
+        """One step of Adam; returns the loss, the share of drafts rejected.
 
         Args:
             hidden: (n, hidden) behind the first `exit_layer` layers.
@@ -91,8 +93,8 @@ class DraftTrainer:
                 if self.head.vocabulary is not None:
                     p = p.index_select(-1, self.head.vocabulary)
             with torch.enable_grad():
-                q = self.logits(hidden[part].detach()).log_softmax(-1)
-                loss = -(p * q).sum() / len(hidden)
+                q = self.logits(hidden[part].detach()).softmax(-1)
+                loss = (len(p) - torch.minimum(p, q).sum()) / len(hidden)
                 loss.backward()
             total += float(loss.detach())
         self.optimizer.step()
@@ -126,7 +128,7 @@ def train_draft(
             it in proportion and its acceptance ever slower.
         vocabulary: how many ids it drafts, the most frequent ones in data; None: all.
         batch_tokens: of a step; texts are cut to as many.
-        progress: called with the number of each step, from 0 on, and its loss.
+        progress: called with the number of each step, from 0 on, and the share it rejects.
     Raises: ValueError that names the argument.
     """
     for name, value in {"steps": steps, "batch_tokens": batch_tokens}.items():
