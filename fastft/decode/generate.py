@@ -342,8 +342,9 @@ def generate(
 
     Args:
         speculation: "prompt_lookup" drafts from the row's own text, a model of the same vocabulary
-            drafts token by token, an `ExitHead` (`fastft.decode.train_draft`) from the model's own
-            first layers. The tokens, and when sampling their distribution, stay the same.
+            drafts token by token, an `ExitHead` (of `train_draft` in `fastft.decode.train_draft`)
+            from the model's own first layers. The tokens, and when sampling their distribution,
+            stay the same.
         streamer: of transformers; gets the tokens as they come.
         seed: of a random generator of this call's own; None: PyTorch's.
         adapter_names: the LoRA adapter of each row, "__base__" for none, unmerged.

@@ -124,8 +124,9 @@ def train_draft(
         data: token ids as lists or tensors, or dicts with input_ids and perhaps attention_mask and
             labels, of one text or a batch. Masked tokens are left out; with labels, the head learns
             where they are not -100. Read until steps * batch_tokens tokens are there, then reused.
-        exit_layer: layers a draft runs through; None: a fifth of them. A draft's cost grows with
-            it in proportion and its acceptance ever slower.
+        exit_layer: layers a draft runs through; None: a fifth of them, so that with the reduced
+            head a drafted token reads about a fifth of the weights. A draft of one token pays where
+            it is accepted more often than the share of the weights it reads.
         vocabulary: how many ids it drafts, the most frequent ones in data; None: all.
         batch_tokens: of a step; texts are cut to as many.
         progress: called with the number of each step, from 0 on, and the share it rejects.
