@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache import KVCache
-from fastft.decode.step import FusedStep
+from fastft.decode.step import FusedStep, last
 from fastft.ops.decode_attention import MAX_QUERIES
 
 
@@ -112,7 +112,7 @@ class GraphStep(FusedStep):
         shape.inputs.copy_(torch.tensor([*itertools.chain(*placed)], dtype=torch.int32))
 
         def compute() -> Tensor:
-            return self._head(self._layers(cache, *shape.inputs.split(sizes), width))
+            return self._head(last(self._states(cache, *shape.inputs.split(sizes), width)))
 
         if known is None:
             return self.graphs.warm_up(compute)

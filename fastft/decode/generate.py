@@ -120,8 +120,9 @@ def generate(
 
     Args:
         speculation: "prompt_lookup" drafts from the row's own text, a model of the same vocabulary
-            drafts token by token, an `ExitHead` (`fastft.decode.train_draft`) from the model's own
-            first layers. The tokens, and when sampling their distribution, stay the same.
+            drafts token by token, an `ExitHead` (of `train_draft` in `fastft.decode.train_draft`)
+            from the model's own first layers. The tokens, and when sampling their distribution,
+            stay the same.
             Processors and criteria must be functions of a row's tokens: with drafts they are asked
             about tokens that may not stay, one row at a time.
         streamer: of transformers; gets the tokens as they come.

@@ -5,7 +5,8 @@ Two kinds with one interface: `FusedStep` computes a layer per operator call and
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,11 @@ from fastft.ops.quantized_linear import _quantized_linear
 
 # Tokens of a row that one pass takes: prompts beyond are cut, at places that change no bit.
 CHUNK = 128
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    (state,) = deque(states, maxlen=1)
+    return state
 
 
 class FusedStep:
@@ -105,15 +111,18 @@ class FusedStep:
         return x
 
     def _hidden(self, cache: KVCache, new) -> Tensor:
+        return last(self.states(cache, new))
+
+    def states(self, cache: KVCache, new: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Appends each row's new tokens; yields (tokens, hidden) behind each layer in turn."""
         placed, lengths = self._place(cache, new)
         on = {"dtype": torch.int32, "device": self.device}
-        x = self._layers(cache, *(torch.tensor(numbers, **on) for numbers in placed),
-                         max(map(len, new), default=0))  # fmt: skip
+        placed = (torch.tensor(numbers, **on) for numbers in placed)
+        yield from self._states(cache, *placed, max(map(len, new), default=0))
         cache.set_lengths(lengths)
-        return x
 
     def _place(self, cache: KVCache, new) -> tuple[tuple[list[int], ...], list[int]]:
-        """Token ids, their positions, cu_seqlens and lengths, as _layers takes them; the cache has
+        """Token ids, their positions, cu_seqlens and lengths, as _states takes them; the cache has
         room for them then. And the lengths again, to set when it holds them."""
         before, counts = cache.lengths, [len(row) for row in new]
         lengths = [b + c for b, c in zip(before, counts, strict=True)]
@@ -122,7 +131,7 @@ class FusedStep:
         positions = [p for b, n in zip(before, lengths, strict=True) for p in range(b, n)]
         return (ids, positions, [0, *itertools.accumulate(counts)], lengths), lengths
 
-    def _layers(
+    def _states(
         self,
         cache: KVCache,
         ids: Tensor,  # (tokens,) int32
@@ -130,8 +139,8 @@ class FusedStep:
         cu_seqlens: Tensor,  # (rows + 1,) int32
         lengths: Tensor,  # (rows,) int32
         queries: int,
-    ) -> Tensor:
-        """The hidden states (tokens, hidden); what depends on the tokens is read on the device."""
+    ) -> Iterator[Tensor]:
+        """Hidden states (tokens, hidden) behind each layer; the device reads what tokens say."""
         cos, sin = self.angles or (None, None)
         if cos is not None:
             cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
@@ -140,7 +149,7 @@ class FusedStep:
         # An early exit has fewer layers than the cache it shares.
         for layer, held in zip(self.fused.layers, cache.layers, strict=False):
             x = decoder_layer(x, layer, held.keys, held.values, tokens)
-        return x
+            yield x
 
     def _norm(self, hidden: Tensor) -> Tensor:
         first, norm = self.fused.layers[0], self.fused.final_norm
