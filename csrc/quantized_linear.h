@@ -29,11 +29,11 @@ struct QuantizedLinear {
   FloatRows b;     // (out, rank)
   float lora_scale;
   void* y;     // (rows, out), of x's type
+  float* low;  // (rows, rank), on GPUs: where x A^T goes
+  // Only on the CPU; on GPUs y is contiguous.
   int64_t y_stride;
-  // Only on the CPU.
   bool transposed;  // values are (in, out), rows contiguous, of a floating-point type
   bool onto;        // no weight: y holds the product already and the adapter is added to it
-  float* low;  // (rows, rank), on GPUs: where x A^T goes
 };
 
 }  // namespace fastft

@@ -67,7 +67,11 @@ def test_emulated(file, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Each takes ten seconds or more: the oldest, Hopper and the newest always, others when asked.
+@pytest.mark.parametrize(
+    "architecture",
+    [n if n in (75, 90, 120) else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES],
+)
 @pytest.mark.parametrize("file", FILES)
 def test_compiles_without_spills(file, architecture, tmp_path):
     if nvcc() is None:

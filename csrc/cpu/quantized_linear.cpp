@@ -157,9 +157,13 @@ void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t
     const int64_t channel = first + q * kChannels;
     if (a.rank) {
       Plain<float> b{};
-      for (int c = 0; c < kChannels; ++c) {
-        b.row[c] = room.b + c * rank;
-        to_floats(a.b, std::min(channel + c, a.out - 1), 0, a.rank, room.b + c * rank);
+      if (a.b.dtype == DType::float32 && a.rank == rank) {
+        point(b.row, a.b.data, a.b.stride, channel, a.out);
+      } else {
+        for (int c = 0; c < kChannels; ++c) {
+          b.row[c] = room.b + c * rank;
+          to_floats(a.b, std::min(channel + c, a.out - 1), 0, a.rank, room.b + c * rank);
+        }
       }
       sum_tile(&b, 1, t, rank, room.unpacked, &added);
     }

@@ -46,6 +46,8 @@ class QuantizedLinear(ctypes.Structure):
         ("lora_scale", ctypes.c_float),
         ("y", ctypes.c_void_p),
         ("low", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+        *((name, ctypes.c_bool) for name in ("transposed", "onto")),
     ]
 
 
@@ -70,7 +72,7 @@ def launcher(library):
             rows, inputs, out, rank, FloatRows.of(x), LAYOUTS[layout], pointer(values),
             values.stride(0), pointer(scale), 0 if scale is None else scale.stride(0), group,
             FloatRows.of(bias), FloatRows.of(a), FloatRows.of(b), lora_scale, pointer(y),
-            pointer(low),
+            pointer(low), out, False, False,
         )  # fmt: skip
         call(library.fastft_quantized_linear, argument)
         return y

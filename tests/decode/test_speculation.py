@@ -3,12 +3,10 @@
 import pytest
 import torch
 from decoders import FUSED, EveryDraft, padded, prompt, tiny
-from torch import nn
 
 import fastft
-from fastft.decode import layers, loop
+from fastft.decode import loop, weights
 from fastft.decode.exit_head import ExitHead
-from fastft.ops.quantized_linear import quantize
 
 KINDS = ("prompt_lookup", "draft", "modules", "exit")
 
@@ -79,9 +77,7 @@ def same_bits(model, spec):
 
 def test_same_bits_with_weights_in_eight_bits():
     model = tiny("llama")
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            setattr(module, layers.DECODE_WEIGHT, quantize(module.weight.detach(), 8))
+    weights.store(model, "int8")
     x = repeating([12, 1, 7])
     plain = fastft.generate(model, x, max_new_tokens=25)
     float_tokens = tiny("llama").generate(**x, max_new_tokens=25)

@@ -75,8 +75,12 @@ def test_generate(way, name):
     patch(model)
     got = run()
     if way == "scores":
-        for ours, theirs in zip(got.scores, wanted.scores, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        end = model.generation_config.eos_token_id
+        new = wanted.sequences[:, -len(wanted.scores) :]
+        for i, (ours, theirs) in enumerate(zip(got.scores, wanted.scores, strict=True)):
+            # Behind a row's end nothing is computed, where transformers goes on with padding.
+            open_rows = ~(new[:, :i] == (-1 if end is None else end)).any(1)
+            torch.testing.assert_close(ours[open_rows], theirs[open_rows], rtol=1e-4, atol=1e-4)
         got, wanted = got.sequences, wanted.sequences
     assert torch.equal(got, wanted)
 
