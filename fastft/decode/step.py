@@ -49,7 +49,12 @@ class FusedStep:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
         copies = stored and any(reading.DECODE_WEIGHT in vars(m) for m in model.modules())
-        if not copies and adapter_names is None:
+        if adapter_names is not None:
+            return
+        if copies:
+            # They differ from the model by design; what they are copies of must not.
+            FusedStep(model, stored=False)
+        else:
             reading.confirm(model, self.fused, self._last_logits)
 
     def _set(self, fused: reading.FusedModel) -> None:

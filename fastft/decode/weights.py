@@ -33,7 +33,8 @@ class DecodeWeight:
     def of(weight: Tensor, kind: str) -> "DecodeWeight":
         bits, group = KINDS[kind]
         if weight.shape[1] % (group or 1):
-            bits, group = KINDS["int8"]
+            kind = "int8"
+            bits, group = KINDS[kind]
         return DecodeWeight(kind, quantize(weight, bits, group), _probe(weight))
 
     def current(self, weight: Tensor) -> QuantizedWeight:
@@ -88,13 +89,15 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"decode_weights: expected one of {list(KINDS)} or None, got {kind!r}")
 
 
-def store(model: nn.Module, kind: str) -> dict[str, int]:
-    """Gives every linear layer of a causal language model a copy; class name -> how many.
+def store(model: nn.Module, kind: str) -> dict[tuple[str, str], int]:
+    """Gives every linear layer of a causal language model a copy; (class, kind) -> how many.
+
+    A layer whose inputs are no whole groups gets int8.
 
     Raises: ValueError for another kind than KINDS.
     """
     check_kind(kind)
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, str], int] = {}
     # Adapters are small, and their factors would lose most.
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "lora_B")]
     factors = {part for m in layers for own in (m.lora_A, m.lora_B) for part in own.modules()}
@@ -102,8 +105,9 @@ def store(model: nn.Module, kind: str) -> dict[str, int]:
         weight = None if module in factors else weight_of(module)
         if weight is None:
             continue
-        vars(module)[DECODE_WEIGHT] = DecodeWeight.of(weight, kind)
-        counts[type(module).__name__] = counts.get(type(module).__name__, 0) + 1
+        vars(module)[DECODE_WEIGHT] = held = DecodeWeight.of(weight, kind)
+        key = type(module).__name__, held.kind
+        counts[key] = counts.get(key, 0) + 1
     _in_large_pages([vars(m)[DECODE_WEIGHT] for m in model.modules() if DECODE_WEIGHT in vars(m)])
     return counts
 

@@ -9,6 +9,8 @@ from types import MethodType
 
 from torch import nn
 
+from fastft.decode.layers import DECODE_WEIGHT
+
 
 def is_candidate(module: nn.Module) -> bool:
     """A causal language model of transformers; a PeftModel calls the one inside it."""
@@ -69,4 +71,4 @@ def undo(module: nn.Module) -> None:
     """Gives generate back, and drops the copies of weights it read."""
     if is_ours(module):
         del module.generate
-    vars(module).pop("_fastft_decode_weight", None)
+    vars(module).pop(DECODE_WEIGHT, None)

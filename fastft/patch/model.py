@@ -140,9 +140,11 @@ class _Patcher:
             weights.check_kind(kind)
             self.report.leave(model, f"decode_weights={kind!r}: its generate is transformers' own")
             return
-        for name, count in weights.store(model, kind).items():
+        for (name, stored), count in weights.store(model, kind).items():
             for _ in range(count):
-                self.report.add(name, "quantized_linear", "quantized_linear", f"{kind} in generate")
+                self.report.add(
+                    name, "quantized_linear", "quantized_linear", f"{stored} in generate"
+                )
 
     def try_swap(self, module: nn.Module, operator: str, room, raw: Callable) -> None:
         """Swaps one module by the rules of a file of this folder, if they recognise it."""

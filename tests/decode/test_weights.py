@@ -121,6 +121,27 @@ def test_adapters_are_not_stored():
     assert fastft.generate(model, ids, max_new_tokens=3).stats.path == "decoder_layer"
 
 
+def test_a_model_that_computes_something_else_is_handed_over():
+    """Granite has Llama's parts and multiplies between them: only its logits tell."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, embedding_multiplier=5.0, residual_multiplier=0.3, **KEYS,
+    )  # fmt: skip
+    model, ids = GraniteForCausalLM(config).eval(), torch.randint(2, 96, (1, 9))
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
+    store(model, "int8")
+    out = fastft.generate(model, ids, max_new_tokens=6, do_sample=False)
+    assert out.stats.path == "model.generate" and torch.equal(out.sequences, wanted)
+
+
+def test_inputs_that_are_no_whole_groups_are_told():
+    counts = store(llama(), "int4_g64")  # the two down projections have 96 inputs
+    assert counts == {("Linear", "int4_g64"): 13, ("Linear", "int8"): 2}
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="decode_weights"):
         fastft.patch(llama(), decode_weights="int3")
