@@ -1,10 +1,27 @@
 """`fastft …`. Every command imports what it needs when it runs, so --help answers at once."""
 
 import argparse
+import importlib
 import os
 import sys
 
 import fastft
+
+# Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
+CONFIGURED: dict[str, tuple[str, str, str, str]] = {}
+
+
+def _configured(command: str, arguments: list[str]) -> int:
+    from fastft.finetune import UserError, config
+
+    module, settings, function, _ = CONFIGURED[command]
+    try:
+        module = importlib.import_module(module)
+        getattr(module, function)(config.read(getattr(module, settings), command, arguments))
+    except UserError as error:
+        print(f"fastft {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -22,7 +39,7 @@ def _demo(args: argparse.Namespace) -> int:
         demo.run(demo.Settings(**options))
     except UserError as error:
         print(f"fastft demo: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
@@ -66,13 +83,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     _add_demo(commands)
+    for name, (_, _, _, text) in CONFIGURED.items():
+        commands.add_parser(name, help=text)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
-    args = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments and arguments[0] in CONFIGURED:
+            return _configured(arguments[0], arguments[1:])
+        args = _parser().parse_args(arguments)
         return args.run(args)
     except BrokenPipeError:
         # Whoever read has had enough (`| head`); Python would complain again when it closes stdout.

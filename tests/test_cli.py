@@ -55,5 +55,5 @@ def test_what_a_user_can_put_right_has_no_traceback(tmp_path, capsys):
     data = tmp_path / "data.json"
     data.write_text("{}")
     arguments = ["demo", "--data", str(data), "--model", str(tmp_path), "--output", str(tmp_path)]
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("fastft demo: ")

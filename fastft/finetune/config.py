@@ -1,0 +1,212 @@
+"""Settings of the commands: a dataclass each, read from a flat YAML file and from flags over it.
+
+    fastft train settings.yaml --learning-rate 1e-4
+
+A key of the file is a field's name, a flag the same with hyphens; both are parsed by the same code
+and a flag wins. In Python the dataclass itself is the interface: TrainConfig(model=..., data=...).
+"""
+
+import argparse
+import difflib
+import inspect
+import types
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fastft.finetune import UserError
+
+
+def option(default: Any = MISSING, help: str = "", *, least=None, most=None, above=None) -> Any:
+    """A dataclass field with a help text and the bounds of its value; required without default."""
+    bounds = {"least": least, "most": most, "above": above}
+    metadata = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What every command's settings share: values are checked when they are made.
+
+    A field is str, int, float, bool, Literal, list of one of them, or one of these or None.
+    """
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not _is(value, hints[item.name]):
+                raise UserError(f"{item.name}: expected {_named(hints[item.name])}, got {value!r}")
+            _check_bounds(item, value)
+            if isinstance(value, int) and not isinstance(value, bool) and _floats(hints[item.name]):
+                setattr(self, item.name, float(value))
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError where values do not belong together."""
+
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+def read(kind: type[Kind], command: str, arguments: list[str]) -> Kind:
+    """The settings that a command line asks for: `[file.yaml] [--flag value ...]`.
+
+    Raises: UserError for a file that cannot be read, an unknown key or flag (with the nearest
+    name), and a value of the wrong type. --help prints every field and ends the process.
+    """
+    arguments = list(arguments)
+    files = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
+    while "--config" in arguments:
+        at = arguments.index("--config")
+        files += arguments[at + 1 : at + 2]
+        del arguments[at : at + 2]
+    if len(files) > 1:
+        raise UserError(f"one settings file at a time, got {' and '.join(files)}")
+    known = {item.name for item in fields(kind)}
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").removeprefix("no-")
+        if argument.startswith("--") and name.replace("-", "_") not in {*known, "help"}:
+            raise _unknown(f"--{name}", name.replace("-", "_"), known, flag=True)
+    given = [*(_flags_of(files[0], kind) if files else []), *arguments]
+    values, rest = _parser(kind, command).parse_known_args(given)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; `fastft {command} --help` lists them")
+    return kind(**vars(values))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message.removeprefix("argument "))
+
+
+def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
+    # Not transformers' HfArgumentParser: it gives a field's metadata to argparse whole, so that
+    # bounds have no place, and takes a second to import.
+    parser = _Parser(
+        prog=f"fastft {command}",
+        usage=f"fastft {command} [settings.yaml] [--key value ...]",
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the dataclass has the defaults
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        hint = next(one for one in _alternatives(hints[item.name]) if one is not type(None))
+        options: dict[str, Any] = {"required": _default_of(item) is MISSING}
+        if get_origin(hint) is list:
+            hint, options["nargs"] = get_args(hint)[0], "+"
+        if get_origin(hint) is Literal:
+            options["choices"] = get_args(hint)
+        elif hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": hint, "metavar": hint.__name__.upper()}
+        default = _default_of(item)
+        shown = "required" if default is MISSING else f"default: {default}"
+        text = f"{item.metadata.get('help', '')} ({shown})".replace("%", "%%")
+        names = [f"--{item.name.replace('_', '-')}"]
+        parser.add_argument(*names, dest=item.name, help=text.strip(), **options)
+    return parser
+
+
+def _default_of(item) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _flags_of(path: str, kind: type[Config]) -> list[str]:
+    """A YAML file as flags, so that one parser types both; null leaves a field at its default."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        held = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise UserError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(held, dict):
+        raise UserError(f"{path}: expected lines of `key: value`")
+    flags, known = [], {f.name for f in fields(kind)}
+    for key, value in held.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise _unknown(f"{path}: {key}", name, known)
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if not values or any(isinstance(v, list | dict) for v in values):
+            raise UserError(f"{path}: {key}: expected a value or a list of values, got {value!r}")
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags.append(f"{flag}={value}")  # joined: no value is taken for a flag of its own
+    return flags
+
+
+def _unknown(shown: str, name: str, known: set[str], flag: bool = False) -> UserError:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    if not near:
+        return UserError(f"{shown}: no such setting")
+    meant = "--" + near[0].replace("_", "-") if flag else near[0]
+    return UserError(f"{shown}: no such setting; did you mean {meant}?")
+
+
+def _alternatives(hint) -> tuple:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _is(value: Any, hint) -> bool:
+    for one in _alternatives(hint):
+        if get_origin(one) is Literal:
+            fits = value in get_args(one)
+        elif get_origin(one) is list:
+            fits = isinstance(value, list) and all(_is(v, get_args(one)[0]) for v in value)
+        elif one is float:
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        elif one is int:
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, one)
+        if fits:
+            return True
+    return False
+
+
+def _floats(hint) -> bool:
+    return float in _alternatives(hint) and int not in _alternatives(hint)
+
+
+def _named(hint) -> str:
+    names = []
+    for one in _alternatives(hint):
+        if get_origin(one) is Literal:
+            names += [repr(v) for v in get_args(one)]
+        elif get_origin(one) is list:
+            names.append(f"a list of {_named(get_args(one)[0])}")
+        else:
+            names.append("None" if one is type(None) else one.__name__)
+    return " or ".join(names)
+
+
+def _check_bounds(item, value: Any) -> None:
+    bounds = item.metadata.get("bounds", {})
+    for one in value if isinstance(value, list) else [value]:
+        if one is None:
+            continue
+        if "least" in bounds and not one >= bounds["least"]:
+            raise UserError(f"{item.name}: expected at least {bounds['least']}, got {one}")
+        if "most" in bounds and not one <= bounds["most"]:
+            raise UserError(f"{item.name}: expected at most {bounds['most']}, got {one}")
+        if "above" in bounds and not one > bounds["above"]:
+            raise UserError(f"{item.name}: expected more than {bounds['above']}, got {one}")
