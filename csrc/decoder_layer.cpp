@@ -77,7 +77,7 @@ void check_rows_fit(DecoderLayer& a, int64_t capacity) {
   }
 }
 
-void set_linears(DecoderLayer& a, const OptionalTensors& linears) {
+void set_linears(DecoderLayer& a, const OptionalTensors& linears, bool round_inputs) {
   a.linears = int(linears.size() / 3);
   STD_TORCH_CHECK(linears.size() % 3 == 0 && a.linears <= kMaxLinears &&
                       (a.linears == 4 || a.linears == 6 || (a.linears == 7 && a.gated)),
@@ -86,6 +86,7 @@ void set_linears(DecoderLayer& a, const OptionalTensors& linears) {
     QuantizedLinear& linear = a.linear[i];
     STD_TORCH_CHECK(linears[3 * i], "linears: expected a weight in each");
     set_weight(linear, *linears[3 * i], linears[3 * i + 1]);
+    linear.round_inputs = round_inputs;
     const OptionalTensor& bias = linears[3 * i + 2];
     if (bias) {
       check_vector(*bias, "bias", linear.out);
@@ -132,9 +133,9 @@ void set_adapters(std::vector<LayerAdapter>& out, const DecoderLayer& a,
 Tensor decoder_layer(Tensor x, Tensor keys, Tensor values, Tensor cu_seqlens, Tensor lengths,
                      int64_t queries, OptionalTensor cos, OptionalTensor sin, OptionalTensors norms,
                      OptionalTensors linears, OptionalTensors adapters,
-                     std::vector<double> adapter_scales, OptionalTensor adapter_of, int64_t heads,
-                     int64_t activation, bool gated, bool center, double eps, double offset,
-                     double scale, int64_t window, double softcap) {
+                     std::vector<double> adapter_scales, OptionalTensor adapter_of, bool round_inputs,
+                     int64_t heads, int64_t activation, bool gated, bool center, double eps,
+                     double offset, double scale, int64_t window, double softcap) {
   DecoderLayer a{};
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous(),
                   "x: expected contiguous float32 (tokens, hidden)");
@@ -147,7 +148,7 @@ Tensor decoder_layer(Tensor x, Tensor keys, Tensor values, Tensor cu_seqlens, Te
   set_cache(a, keys, values, heads);
   check_rows_fit(a, keys.size(2));
   a.gated = gated, a.center = center, a.eps = float(eps);
-  set_linears(a, linears);
+  set_linears(a, linears, round_inputs);
   check_sizes(a);
   STD_TORCH_CHECK(norms.size() == 6, "norms: expected six");
   Vectors vectors;

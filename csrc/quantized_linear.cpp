@@ -7,9 +7,10 @@ namespace fastft {
 namespace {
 
 Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalTensor bias,
-                        OptionalTensor low, OptionalTensor high, double lora_scale) {
+                        OptionalTensor low, OptionalTensor high, double lora_scale,
+                        bool round_inputs) {
   QuantizedLinear a =
-      quantized_linear_argument(x, values, scale, bias, low, high, lora_scale);
+      quantized_linear_argument(x, values, scale, bias, low, high, lora_scale, round_inputs);
   Tensor y = empty_rows(x, a.rows, a.out);
   a.y = y.data_ptr(), a.y_stride = a.out;
   FASTFT_DISPATCH(quantized_linear(a));

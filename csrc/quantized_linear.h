@@ -34,6 +34,7 @@ struct QuantizedLinear {
   int64_t y_stride;
   bool transposed;  // values are (in, out), rows contiguous, of a floating-point type
   bool onto;        // no weight: y holds the product already and the adapter is added to it
+  bool round_inputs;  // to int8 numbers with a scale per run, before an int8 or int4 weight
 };
 
 }  // namespace fastft

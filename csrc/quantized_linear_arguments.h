@@ -46,7 +46,7 @@ inline void set_weight(QuantizedLinear& a, const Tensor& values, const OptionalT
 // All but y and low. The tensors must outlive the argument.
 inline QuantizedLinear quantized_linear_argument(
     const Tensor& x, const Tensor& values, const OptionalTensor& scale, const OptionalTensor& bias,
-    const OptionalTensor& low, const OptionalTensor& high, double lora_scale) {
+    const OptionalTensor& low, const OptionalTensor& high, double lora_scale, bool round_inputs) {
   QuantizedLinear a{};
   set_weight(a, values, scale);
   STD_TORCH_CHECK(x.dim() == 2, "x: expected shape (rows, in)");
@@ -63,6 +63,7 @@ inline QuantizedLinear quantized_linear_argument(
     a.b = float_rows(*high, "b", a.out, a.rank);
   }
   a.lora_scale = float(lora_scale);
+  a.round_inputs = round_inputs;
   return a;
 }
 

@@ -29,14 +29,35 @@ inline Vec fold_channels(const Vec* sums) {
 // ---- the layer -----------------------------------------------------------------------------------
 
 constexpr int64_t shift_floats(int64_t in) { return in / kRun * kWidth; }
+// Of a rounded row: a run's bytes, its shifts and its scale.
+constexpr int64_t rounded_floats(int64_t in) { return runs_of(in) * (kRun / 4 + kRunSums + 1); }
 constexpr int64_t tile_floats(int64_t in) {
-  return kTile * (round_up(in, kSlice) + round_up(shift_floats(in), kWidth));
+  return kTile * (round_up(in, kSlice) + round_up(shift_floats(in), kWidth) + rounded_floats(in));
 }
 
-Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, bool shifted, float* scratch) {
+RoundedTile round_tile(const Tile& x, int64_t in, float* scratch) {
+  const int64_t runs = runs_of(in);
+  auto* bytes = reinterpret_cast<int8_t*>(scratch);
+  auto* shifts = reinterpret_cast<int32_t*>(bytes + x.rows * runs * kRun);
+  float* scales = reinterpret_cast<float*>(shifts + x.rows * runs * kRunSums);
+  for (int r = 0; r < x.rows; ++r)
+    for (int64_t k = 0; k < in; k += kSlice) {
+      const int64_t run = r * runs + k / kRun;
+      round_row(x.data + k / kSlice * x.slice + r * x.stride, std::min(kSlice, in - k),
+                bytes + run * kRun, scales + run, shifts + run * kRunSums);
+    }
+  return {bytes, scales, shifts, runs, x.rows};
+}
+
+// Which forms of x the layers' weights are multiplied with, beside floats.
+struct Forms {
+  bool shifted, rounded;
+};
+
+Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, Forms forms, float* scratch) {
   const bool packed = rows > kMaxRows;
   Tile tile{scratch, packed ? kSlice : round_up(a.in, kSlice), packed ? rows * kSlice : kSlice,
-            rows, nullptr, shift_floats(a.in)};
+            rows, nullptr, shift_floats(a.in), {}};
   if (!packed && a.x.dtype == DType::float32 && a.in % kWidth == 0) {
     tile.data = static_cast<const float*>(a.x.data) + row * a.x.stride, tile.stride = a.x.stride;
   } else {
@@ -45,8 +66,10 @@ Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, bool shifted, fl
         to_floats(a.x, row + r, k, std::min(kSlice, a.in - k),
                   scratch + k / kSlice * tile.slice + r * tile.stride);
   }
-  if (!shifted || NibbleNumbers::kShift == 0) return tile;
   float* shifts = scratch + kTile * round_up(a.in, kSlice);
+  if (forms.rounded)
+    tile.rounded = round_tile(tile, a.in, shifts + kTile * round_up(shift_floats(a.in), kWidth));
+  if (!forms.shifted || NibbleNumbers::kShift == 0) return tile;
   tile.shifts = shifts;
   for (int r = 0; r < rows; ++r)
     for (int64_t k = 0; k + kRun <= a.in; k += kRun) {
@@ -151,7 +174,12 @@ void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t
     Weights w[kQuads] = {};
     for (int q = 0; q < quads; ++q)
       w[q] = weights_at<Weights>(a, first + q * kChannels, room.scales + q * Room::quad_scales(a));
-    sum_tile(w, quads, x, a.in, room.unpacked, sums);
+    if constexpr (std::is_integral_v<std::remove_reference_t<decltype(*w[0].row[0])>>) {
+      if (a.round_inputs) sum_rounded_tile(w, quads, x.rounded, a.in, sums);
+      else sum_tile(w, quads, x, a.in, room.unpacked, sums);
+    } else {
+      sum_tile(w, quads, x, a.in, room.unpacked, sums);
+    }
   }
   for (int q = 0; q < quads; ++q) {
     const int64_t channel = first + q * kChannels;
@@ -219,7 +247,7 @@ template <class T>
 void layers(const QuantizedLinear* parts, int count) {
   constexpr int64_t kBlock = kQuads * kChannels, kTiles = kChunk / kTile;
   const QuantizedLinear& first = parts[0];
-  bool shifted = false;
+  Forms forms{};
   int64_t blocks[kParts], lows[kParts], ranks[kParts + 1] = {}, all = 0, low = 0, work = 0, room = 0;
   for (int p = 0; p < count; ++p) {
     const QuantizedLinear& a = parts[p];
@@ -228,7 +256,9 @@ void layers(const QuantizedLinear* parts, int count) {
     ranks[p + 1] = ranks[p] + round_up(a.rank, kWidth);
     work += a.rows * a.in * a.out;
     room = std::max(room, Room::floats(a));
-    shifted = shifted || a.layout == WeightLayout::int4;
+    const bool rounds = a.round_inputs && a.scale && !a.onto;
+    forms.rounded = forms.rounded || rounds;
+    forms.shifted = forms.shifted || (!rounds && a.layout == WeightLayout::int4);
   }
   const int64_t most = std::min(kTiles, (first.rows + kTile - 1) / kTile);
   const int64_t width = tile_floats(first.in), span = most * kTile;
@@ -241,11 +271,11 @@ void layers(const QuantizedLinear* parts, int count) {
     auto low_rows = [&](int p, int64_t tile) {
       const int64_t rank = ranks[p + 1] - ranks[p];
       return Tile{ts.data + span * ranks[p] + tile * kTile * rank, rank, kSlice, x[tile].rows,
-                  nullptr, 0};
+                  nullptr, 0, {}};
     };
 #pragma omp parallel for num_threads(threads) if (rows * first.in >= kGrain)
     for (int64_t i = 0; i < tiles; ++i)
-      x[i] = make_tile(first, start + i * kTile, int(std::min(kTile, rows - i * kTile)), shifted,
+      x[i] = make_tile(first, start + i * kTile, int(std::min(kTile, rows - i * kTile)), forms,
                        xs.data + i * width);
 #pragma omp parallel for num_threads(threads) if (rows * first.in * ranks[count] >= 8 * kGrain)
     for (int64_t i = 0; i < tiles * low; ++i) {

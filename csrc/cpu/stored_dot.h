@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../quantized_linear.h"
+#include "integer_dot.h"
 #include "stored_weight.h"
 #include "tile.h"
 
@@ -95,6 +96,7 @@ struct Tile {
   int rows;
   const float* shifts;
   int64_t shift_stride;
+  RoundedTile rounded;
 };
 
 // The same for a slice of more rows than fit the registers: unpacked once, then in parts.
@@ -154,6 +156,19 @@ void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unp
   for (int64_t begin = 0; begin < in; begin += kSlice)
     for (int q = 0; q < quads; ++q)
       add_slice(w[q], x, begin, std::min(begin + kSlice, in), unpacked, sums[q]);
+}
+
+// The same with x rounded to int8.
+template <class Weights>
+void sum_rounded_tile(const Weights* w, int quads, const RoundedTile& x, int64_t in, Sums* sums) {
+  RunSums own[kMaxRows][kChannels];
+  for (int q = 0; q < quads; ++q)
+    for (int first = 0; first < x.rows; first += kMaxRows) {
+      const int rows = std::min(kMaxRows, x.rows - first);
+      dot_run_rows<kMaxRows>(w[q], x, first, rows, in, own);
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < kChannels; ++c) sums[q][first + r][c] = to_vec(own[r][c]);
+    }
 }
 
 // One row of any type as float32, padded with zeros to whole vectors.

@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kMost = (int64_t(1) << 31) - 1;
 
 Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalTensor bias,
-                        OptionalTensor low, OptionalTensor high, double lora_scale) {
+                        OptionalTensor low, OptionalTensor high, double lora_scale,
+                        bool round_inputs) {
   check_device(values, "values", x);
   if (scale) check_device(*scale, "scale", x);
   if (bias) check_device(*bias, "bias", x);
@@ -23,7 +24,7 @@ Tensor quantized_linear(Tensor x, Tensor values, OptionalTensor scale, OptionalT
   const bool widens = plain && stored != type && type != ScalarType::Float;
   Tensor own = widens ? torch::stable::to(x, ScalarType::Float) : x;
   QuantizedLinear a =
-      quantized_linear_argument(own, values, scale, bias, low, high, lora_scale);
+      quantized_linear_argument(own, values, scale, bias, low, high, lora_scale, round_inputs);
   STD_TORCH_CHECK(!a.transposed, "values: expected a contiguous last dimension");
   STD_TORCH_CHECK(a.in <= kMost, "x: expected fewer than 2^31 inputs, got ", a.in);
   STD_TORCH_CHECK(a.rows * ((a.out + 7) / 8) <= kMost && a.rows * a.rank <= kMost,

@@ -169,7 +169,9 @@ class FusedStep:
             (None, None, 0.0) if adapter is None else (adapter.a, adapter.b, adapter.scale)
         )
         held = head.weight
-        y = _quantized_linear(self._norm(hidden), held.values, held.scale, head.bias, a, b, scale)
+        y = _quantized_linear(
+            self._norm(hidden), held.values, held.scale, head.bias, a, b, scale, held.round_inputs
+        )
         return y.float()
 
     def _last_logits(self, fused: reading.FusedModel, ids: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Weights of eight or four bits for decoding, beside the model's own, which stay as they are.
 
 A decode step is as fast as its weights are read, so fewer bytes are more tokens: int8 has one scale
-per output channel, int4 one per 32 or 64 inputs (fastft/ops/quantized_linear.py). The copies serve
-decoding alone; training, and any other forward, sees the weights they were made of. A copy is made
-anew when its weight has changed since.
+per output channel, int4 one per 32 or 64 inputs (fastft/ops/quantized_linear.py). On the CPU their
+inputs are rounded to int8 as well, so that the products are integer ones; the kinds ending in
+_weight_only leave the inputs as they are, and take longer. The copies serve decoding alone;
+training, and any other forward, sees the weights they were made of. A copy is made anew when its
+weight has changed since.
 """
 
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,14 @@ from torch import Tensor, nn
 from fastft.decode.layers import DECODE_WEIGHT, weight_of
 from fastft.ops.quantized_linear import QuantizedWeight, quantize
 
-# bits, inputs per scale
-KINDS = {"int8": (8, None), "int4": (4, 32), "int4_g64": (4, 64)}
+# bits, inputs per scale, whether inputs are rounded
+KINDS = {
+    "int8": (8, None, True),
+    "int4": (4, 32, True),
+    "int4_g64": (4, 64, True),
+    "int8_weight_only": (8, None, False),
+    "int4_weight_only": (4, 32, False),
+}
 _PROBES = 64  # values by which a changed weight is noticed
 
 
@@ -31,11 +39,12 @@ class DecodeWeight:
 
     @staticmethod
     def of(weight: Tensor, kind: str) -> "DecodeWeight":
-        bits, group = KINDS[kind]
+        bits, group, rounds = KINDS[kind]
         if weight.shape[1] % (group or 1):
-            kind = "int8"
-            bits, group = KINDS[kind]
-        return DecodeWeight(kind, quantize(weight, bits, group), _probe(weight))
+            kind = "int8" if rounds else "int8_weight_only"
+            bits, group, rounds = KINDS[kind]
+        stored = replace(quantize(weight, bits, group), round_inputs=rounds)
+        return DecodeWeight(kind, stored, _probe(weight))
 
     def current(self, weight: Tensor) -> QuantizedWeight:
         """The copy of the weight (out, in) as it is now.
@@ -73,7 +82,7 @@ def _in_large_pages(copies: list[DecodeWeight]) -> None:
     for copy, size in zip(copies, sizes, strict=True):
         values = copy.stored.values
         moved = whole[begin : begin + values.numel()].view(values.dtype).view(values.shape)
-        copy.stored = QuantizedWeight(moved.copy_(values), copy.stored.scale)
+        copy.stored = replace(copy.stored, values=moved.copy_(values))
         begin += size
 
 

@@ -90,7 +90,11 @@ class DecoderLayer:
                 adapter = linear.adapters[j]
                 adapters += [None, None] if adapter is None else [adapter.a, adapter.b]
                 scales.append(0.0 if adapter is None else float(adapter.scale))
-        object.__setattr__(self, "arguments", (norms, linears, adapters, scales))
+        stored = {x.weight.round_inputs for x in self.linears if x.weight.scale is not None}
+        if len(stored) > 1:
+            raise ValueError("linears: expected round_inputs of all stored weights or of none")
+        rounds = stored == {True}
+        object.__setattr__(self, "arguments", (norms, linears, adapters, scales, rounds))
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Tokens:
     adapter_of: Tensor | None = None  # (batch,) int32, -1 for none; None: all take the one there is
 
 
-def _linears(x, row, linears, adapters, scales, adapter_of, first, count):
+def _linears(x, row, linears, adapters, scales, adapter_of, round_inputs, first, count):
     """Linear layers [first, first + count), their results side by side."""
     total, outs = len(linears) // 3, []
     for i in range(first, first + count):
@@ -115,9 +119,9 @@ def _linears(x, row, linears, adapters, scales, adapter_of, first, count):
                   for j in range(i, len(scales), total)]  # fmt: skip
         if adapter_of is None:
             a, b, lora_scale = chosen[0] if chosen else (None, None, 0.0)
-            outs.append(_quantized_linear(x, values, scale, bias, a, b, lora_scale))
+            outs.append(_quantized_linear(x, values, scale, bias, a, b, lora_scale, round_inputs))
             continue
-        y = _quantized_linear(x, values, scale, bias, None, None, 0.0)
+        y = _quantized_linear(x, values, scale, bias, None, None, 0.0, round_inputs)
         for j, (a, b, lora_scale) in enumerate(chosen):
             if a is not None:
                 added = (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t() * lora_scale
@@ -142,14 +146,14 @@ def _attend(q, keys, values, place, seen, queries, scale, window, softcap):
 @operator(
     "decoder_layer(Tensor x, Tensor(a!) keys, Tensor(b!) values, Tensor cu_seqlens, Tensor lengths,"
     " int queries, Tensor? cos, Tensor? sin, Tensor?[] norms, Tensor?[] linears,"
-    " Tensor?[] adapters, float[] adapter_scales, Tensor? adapter_of, int heads, int activation,"
-    " bool gated, bool center, float eps, float offset, float scale, int window, float softcap)"
-    " -> Tensor"
+    " Tensor?[] adapters, float[] adapter_scales, Tensor? adapter_of, bool round_inputs, int heads,"
+    " int activation, bool gated, bool center, float eps, float offset, float scale, int window,"
+    " float softcap) -> Tensor"
 )
 def _decoder_layer(
     x, keys, values, cu_seqlens, lengths, queries, cos, sin, norms, linears, adapters,
-    adapter_scales, adapter_of, heads, activation, gated, center, eps, offset, scale, window,
-    softcap,
+    adapter_scales, adapter_of, round_inputs, heads, activation, gated, center, eps, offset,
+    scale, window, softcap,
 ):  # fmt: skip
     if len(x) == 0:
         return x.clone()
@@ -165,7 +169,9 @@ def _decoder_layer(
         return _rms_norm(rows, None, weight, eps, offset)[0].view_as(x)
 
     def apply(x, first, count):
-        return _linears(x, row, linears, adapters, adapter_scales, adapter_of, first, count)
+        return _linears(
+            x, row, linears, adapters, adapter_scales, adapter_of, round_inputs, first, count
+        )
 
     inputs = 1 if len(linears) == 12 else 3
     last = len(linears) // 3 - 1
@@ -205,10 +211,10 @@ def decoder_layer(
     sizes belong together and every slot exists.
     Raises: RuntimeError that names the argument.
     """
-    norms, linears, adapters, scales = layer.arguments
+    norms, linears, adapters, scales, rounds = layer.arguments
     return _decoder_layer(
         x, keys, values, tokens.cu_seqlens, tokens.lengths, tokens.queries, tokens.cos, tokens.sin,
-        norms, linears, adapters, scales, tokens.adapter_of, layer.heads,
+        norms, linears, adapters, scales, tokens.adapter_of, rounds, layer.heads,
         ACTIVATIONS.index(layer.activation), layer.gated, layer.center, layer.eps, layer.offset,
         layer.scale, layer.window, layer.softcap,
     )  # fmt: skip

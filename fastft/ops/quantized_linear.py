@@ -14,6 +14,12 @@ W is what `dequantize` gives, from one of these storage layouts (`QuantizedWeigh
             byte j holds input j in its low nibble and input j + 16 in its high nibble, each a
             number of [-7, 7] plus 8. W = number * scale, scale bfloat16 (out, in / group) as above.
 
+A weight with `round_inputs` has x rounded too, on the CPU, where it is int8 or int4: each run of 32
+inputs to int8 numbers with one float32 scale, its largest size / 127. Products within a run are
+then the processor's integer ones, exact, at the rate at which memory gives the weights; llama.cpp
+multiplies its quantised weights so. The adapter sees x as it is. CUDA has no need of it: there x
+stays as it is.
+
 Scales are rounded up to their stored type before the weight is quantised, so no value clips; a
 channel or group of zeros has scale 1. Sums are float32. On CUDA, for x of a half type, a weight
 with scales per group is rounded to that type before it is multiplied, as eager code would.
@@ -28,6 +34,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastft.library import autocast_dtype, needs_autograd, operator, rows_of
 
@@ -43,6 +50,7 @@ class QuantizedWeight:
 
     values: Tensor
     scale: Tensor | None = None
+    round_inputs: bool = False
 
     def __post_init__(self):
         values, scale = self.values, self.scale
@@ -153,14 +161,26 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     return _dequantized(weight.values, weight.scale, wide).to(dtype)
 
 
+def rounded(x: Tensor) -> Tensor:
+    """x (rows, in) as `round_inputs` reads it. A run too small for a normal scale becomes zeros."""
+    inputs = x.shape[1]
+    runs = F.pad(x, (0, -inputs % RUN)).unflatten(1, (-1, RUN))
+    peak = runs.abs().amax(2, keepdim=True)
+    any_ = peak > 127 * torch.finfo(torch.float32).tiny
+    numbers = torch.where(any_, runs * (127 / peak), 0).round()
+    # NaN and infinity anywhere in a run reach every number of it.
+    return ((numbers * (peak / 127)) + (runs * 0).sum(2, keepdim=True)).flatten(1)[:, :inputs]
+
+
 @operator(
     "quantized_linear(Tensor x, Tensor values, Tensor? scale, Tensor? bias, Tensor? a, Tensor? b,"
-    " float lora_scale) -> Tensor"
+    " float lora_scale, bool round_inputs=False) -> Tensor"
 )
-def _quantized_linear(x, values, scale, bias, a, b, lora_scale):
+def _quantized_linear(x, values, scale, bias, a, b, lora_scale, round_inputs=False):
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(wide)
-    y = rows @ _dequantized(values, scale, wide).t()
+    read = rounded(rows) if round_inputs and scale is not None and x.is_cpu else rows
+    y = read @ _dequantized(values, scale, wide).t()
     if bias is not None:
         y = y + bias.to(wide)
     if a is not None:
@@ -233,5 +253,6 @@ def quantized_linear(
         None if a is None else rows_of(a),
         None if b is None else rows_of(b),
         lora_scale,
+        weight.round_inputs,
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out)

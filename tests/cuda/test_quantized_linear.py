@@ -47,7 +47,7 @@ class QuantizedLinear(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("low", ctypes.c_void_p),
         ("y_stride", ctypes.c_int64),
-        *((name, ctypes.c_bool) for name in ("transposed", "onto")),
+        *((name, ctypes.c_bool) for name in ("transposed", "onto", "round_inputs")),
     ]
 
 

@@ -1,0 +1,192 @@
+// Products of a few rows, rounded to int8, with kChannels rows of an int8 or int4 weight: integers
+// within a run of kRun inputs, where one scale of x and one of the weight hold, floats beyond.
+// Eight sums a run in every instruction set, so every one of them adds in the same order.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "stored_weight.h"
+
+namespace fastft::FASTFT_ISA {
+
+constexpr int kRunSums = 8;  // of kRun / kRunSums neighbouring inputs each
+typedef float RunSums __attribute__((vector_size(4 * kRunSums)));
+typedef int32_t RunInts __attribute__((vector_size(4 * kRunSums)));
+
+// Rows of x in runs: x[k] is about bytes[k] * scales[k / kRun], zeros after the last input.
+struct RoundedTile {
+  const int8_t* bytes;  // (rows, runs, kRun)
+  const float* scales;  // (rows, runs)
+  const int32_t* shifts;  // (rows, runs, kRunSums): what numbers stored plus 8 add to the sums
+  int64_t runs;
+  int rows;
+};
+
+constexpr int64_t runs_of(int64_t in) { return (in + kRun - 1) / kRun; }
+
+// A run of weights, ready to be multiplied. `bytes` are in [-127, 127].
+#if defined(__AVX2__)
+inline RunInts sum_pairs(__m256i products) {
+  return (RunInts)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
+struct ByteRun {
+  // The instruction takes one side without sign: |w| * (sign of w) x. Two products fit 16 bits.
+  __m256i size, number;
+  static ByteRun load(const int8_t* p) {
+    const __m256i number = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_abs_epi8(number), number};
+  }
+  RunInts sums(const int8_t* x, const int32_t*) const {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return sum_pairs(_mm256_maddubs_epi16(size, _mm256_sign_epi8(bytes, number)));
+  }
+};
+struct NibbleRun {
+  __m256i number;  // plus 8
+  static NibbleRun load(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i both =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1);
+    return {_mm256_and_si256(both, _mm256_set1_epi8(15))};
+  }
+  RunInts sums(const int8_t* x, const int32_t* shift) const {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    RunInts off;
+    std::memcpy(&off, shift, sizeof off);
+    return sum_pairs(_mm256_maddubs_epi16(number, bytes)) - off;
+  }
+};
+inline RunSums fma_run(RunInts a, float b, RunSums c) {
+  return (RunSums)_mm256_fmadd_ps(_mm256_cvtepi32_ps((__m256i)a), _mm256_set1_ps(b), (__m256)c);
+}
+#else
+struct ByteRun {
+  int8_t number[kRun];
+  static ByteRun load(const int8_t* p) {
+    ByteRun run;
+    std::memcpy(run.number, p, kRun);
+    return run;
+  }
+  RunInts sums(const int8_t* x, const int32_t*) const {
+    RunInts sums{};
+    for (int i = 0; i < kRun; ++i) sums[i / (kRun / kRunSums)] += int32_t(number[i]) * x[i];
+    return sums;
+  }
+};
+struct NibbleRun {
+  int8_t number[kRun];  // plus 8
+  static NibbleRun load(const uint8_t* p) {
+    NibbleRun run;
+    for (int i = 0; i < kRun / 2; ++i)
+      run.number[i] = p[i] & 15, run.number[i + kRun / 2] = p[i] >> 4;
+    return run;
+  }
+  RunInts sums(const int8_t* x, const int32_t* shift) const {
+    RunInts off, sums{};
+    std::memcpy(&off, shift, sizeof off);
+    for (int i = 0; i < kRun; ++i) sums[i / (kRun / kRunSums)] += int32_t(number[i]) * x[i];
+    return sums - off;
+  }
+};
+inline RunSums fma_run(RunInts a, float b, RunSums c) {
+  return __builtin_convertvector(a, RunSums) * b + c;
+}
+#endif
+
+inline ByteRun load_run(const int8_t* p) { return ByteRun::load(p); }
+inline NibbleRun load_run(const uint8_t* p) { return NibbleRun::load(p); }
+
+// The i-th run of channel c. Only rows of bytes may end inside one.
+template <class Weights>
+inline auto run_of(const Weights& w, int c, int64_t i, int64_t in) {
+  constexpr int64_t kBytes = std::is_same_v<decltype(w.row[c]), const uint8_t* const&> ? 16 : kRun;
+  const auto* p = w.row[c] + i * kBytes;
+  prefetch(p, w.ahead);
+  if constexpr (!Weights::grouped)
+    if ((i + 1) * kRun > in) {
+      int8_t last[kRun] = {};
+      std::copy_n(p, in - i * kRun, last);
+      return load_run(last);
+    }
+  return load_run(p);
+}
+
+// sums[r][c] = x[row + r] * weights[c], but for the scale of a whole channel.
+template <int R, class Weights>
+void dot_runs(const Weights& w, const RoundedTile& x, int row, int64_t in,
+              RunSums (*sums)[kChannels]) {
+  RunSums own[R][kChannels] = {};
+  const int8_t* bytes = x.bytes + row * x.runs * kRun;
+  const int32_t* shifts = x.shifts + row * x.runs * kRunSums;
+  const float* scales = x.scales + row * x.runs;
+  for (int64_t i = 0; i < x.runs; ++i)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) {
+      const auto run = run_of(w, c, i, in);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = r * x.runs + i;
+        float scale = scales[at];
+        if constexpr (Weights::grouped) scale *= w.scale_of(c, i * kRun);
+        own[r][c] = fma_run(run.sums(bytes + at * kRun, shifts + at * kRunSums), scale, own[r][c]);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kChannels; ++c) sums[r][c] = own[r][c];
+}
+
+template <int R, class Weights>
+void dot_run_rows(const Weights& w, const RoundedTile& x, int row, int rows, int64_t in,
+                  RunSums (*sums)[kChannels]) {
+  if constexpr (R > 1)
+    if (rows < R) return dot_run_rows<R - 1>(w, x, row, rows, in, sums);
+  dot_runs<R>(w, x, row, in, sums);
+}
+
+// One vector of the width the other sums have.
+inline Vec to_vec(RunSums sums) {
+  Vec out{};
+  if constexpr (kWidth >= kRunSums) {
+    std::memcpy(&out, &sums, sizeof sums);
+  } else {
+    Vec halves[2];
+    std::memcpy(halves, &sums, sizeof sums);
+    out = halves[0] + halves[1];
+  }
+  return out;
+}
+
+// A row of `in` floats rounded: the largest of a run becomes 127. NaN and infinity make the run's
+// scale NaN, and so every result. A run so small that its scale would be subnormal counts as zeros.
+inline void round_row(const float* x, int64_t in, int8_t* bytes, float* scales, int32_t* shifts) {
+  for (int64_t i = 0; i < runs_of(in); ++i) {
+    float run[kRun] = {};
+    std::copy_n(x + i * kRun, std::min(kRun, in - i * kRun), run);
+    Vec most{}, zero{};
+    for (int v = 0; v < kRun; v += kWidth) {
+      most = max(most, abs(load(run + v)));
+      zero += load(run + v) * 0.f;
+    }
+    const float peak = max(most), nan = sum(zero);
+    const bool any = peak > 127.f * 1.17549435e-38f;
+    scales[i] = (any ? peak / 127.f : 0.f) + nan;
+    const Vec inverse = broadcast(any && nan == 0.f ? 127.f / peak : 0.f);
+    int32_t numbers[kRun];
+    for (int v = 0; v < kRun; v += kWidth) {
+      // Adding 1.5 * 2^23 rounds to the nearest integer, the even one of two.
+      const Vec rounded = fma(load(run + v), inverse, broadcast(12582912.f)) - 12582912.f;
+      const IVec integers = __builtin_convertvector(rounded, IVec);
+      std::memcpy(numbers + v, &integers, sizeof integers);
+    }
+    for (int k = 0; k < kRun; ++k) bytes[i * kRun + k] = int8_t(numbers[k]);
+    constexpr int kEach = kRun / kRunSums;
+    for (int s = 0; s < kRunSums; ++s) {
+      int32_t total = 0;
+      for (int k = 0; k < kEach; ++k) total += numbers[s * kEach + k];
+      shifts[i * kRunSums + s] = 8 * total;
+    }
+  }
+}
+
+}  // namespace fastft::FASTFT_ISA
