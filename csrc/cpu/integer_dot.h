@@ -97,53 +97,6 @@ inline RunSums fma_run(RunInts a, float b, RunSums c) {
 inline ByteRun load_run(const int8_t* p) { return ByteRun::load(p); }
 inline NibbleRun load_run(const uint8_t* p) { return NibbleRun::load(p); }
 
-// The i-th run of channel c. Only rows of bytes may end inside one.
-template <class Weights>
-inline auto run_of(const Weights& w, int c, int64_t i, int64_t in) {
-  constexpr int64_t kBytes = std::is_same_v<decltype(w.row[c]), const uint8_t* const&> ? 16 : kRun;
-  const auto* p = w.row[c] + i * kBytes;
-  prefetch(p, w.ahead);
-  if constexpr (!Weights::grouped)
-    if ((i + 1) * kRun > in) {
-      int8_t last[kRun] = {};
-      std::copy_n(p, in - i * kRun, last);
-      return load_run(last);
-    }
-  return load_run(p);
-}
-
-// sums[r][c] = x[row + r] * weights[c], but for the scale of a whole channel.
-template <int R, class Weights>
-void dot_runs(const Weights& w, const RoundedTile& x, int row, int64_t in,
-              RunSums (*sums)[kChannels]) {
-  RunSums own[R][kChannels] = {};
-  const int8_t* bytes = x.bytes + row * x.runs * kRun;
-  const int32_t* shifts = x.shifts + row * x.runs * kRunSums;
-  const float* scales = x.scales + row * x.runs;
-  for (int64_t i = 0; i < x.runs; ++i)
-#pragma GCC unroll 4
-    for (int c = 0; c < kChannels; ++c) {
-      const auto run = run_of(w, c, i, in);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const int64_t at = r * x.runs + i;
-        float scale = scales[at];
-        if constexpr (Weights::grouped) scale *= w.scale_of(c, i * kRun);
-        own[r][c] = fma_run(run.sums(bytes + at * kRun, shifts + at * kRunSums), scale, own[r][c]);
-      }
-    }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < kChannels; ++c) sums[r][c] = own[r][c];
-}
-
-template <int R, class Weights>
-void dot_run_rows(const Weights& w, const RoundedTile& x, int row, int rows, int64_t in,
-                  RunSums (*sums)[kChannels]) {
-  if constexpr (R > 1)
-    if (rows < R) return dot_run_rows<R - 1>(w, x, row, rows, in, sums);
-  dot_runs<R>(w, x, row, in, sums);
-}
-
 // One vector of the width the other sums have.
 inline Vec to_vec(RunSums sums) {
   Vec out{};
@@ -155,6 +108,58 @@ inline Vec to_vec(RunSums sums) {
     out = halves[0] + halves[1];
   }
   return out;
+}
+
+// own[r][c] += x[row + r] * weights[c] over the i-th run, whose bytes of channel c load(c) gives.
+template <int R, class Weights, class Load>
+inline void add_run(const Weights& w, const RoundedTile& x, int row, int64_t i, Load&& load,
+                    RunSums (&own)[R][kChannels]) {
+#pragma GCC unroll 4
+  for (int c = 0; c < kChannels; ++c) {
+    const auto run = load(c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (row + r) * x.runs + i;
+      float scale = x.scales[at];
+      if constexpr (Weights::grouped) scale *= w.scale_of(c, i * kRun);
+      own[r][c] = fma_run(run.sums(x.bytes + at * kRun, x.shifts + at * kRunSums), scale, own[r][c]);
+    }
+  }
+}
+
+// sums[r][c] = x[row + r] * weights[c], but for the scale of a whole channel.
+template <int R, class Weights>
+void dot_runs(const Weights& w, const RoundedTile& x, int row, int64_t in,
+              Vec (*sums)[kChannels]) {
+  constexpr int64_t kPerElement = sizeof(w.row[0][0]) * (std::is_same_v<Weights, Int4> ? 2 : 1);
+  RunSums own[R][kChannels] = {};
+  const int64_t whole = in / kRun;
+  for (int64_t i = 0; i < whole; ++i)
+    add_run(w, x, row, i, [&](int c) {
+      const auto* p = w.row[c] + i * (kRun / kPerElement);
+      prefetch(p, w.ahead);
+      return load_run(p);
+    }, own);
+  // Apart from the loop: the copy would cost it its registers. Only bytes end inside a run.
+  if constexpr (kPerElement == 1)
+    if (whole < x.runs)
+      add_run(w, x, row, whole, [&](int c) {
+        int8_t last[kRun] = {};
+        std::copy_n(w.row[c] + whole * kRun, in - whole * kRun, last);
+        return load_run(last);
+      }, own);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) sums[r][c] = to_vec(own[r][c]);
+}
+
+template <int R, class Weights>
+void dot_run_rows(const Weights& w, const RoundedTile& x, int row, int rows, int64_t in,
+                  Vec (*sums)[kChannels]) {
+  if constexpr (R > 1)
+    if (rows < R) return dot_run_rows<R - 1>(w, x, row, rows, in, sums);
+  dot_runs<R>(w, x, row, in, sums);
 }
 
 // A row of `in` floats rounded: the largest of a run becomes 127. NaN and infinity make the run's

@@ -99,19 +99,12 @@ int64_t ahead_of(int64_t channel_bytes) {
 }
 
 template <class Weights>
-Weights weights_at(const QuantizedLinear& a, int64_t first, float* scales) {
+Weights weights_at(const QuantizedLinear& a, int64_t first) {
   Weights w;
   point(w.row, a.values, a.values_stride, first, a.out);
   w.ahead = ahead_of(a.values_stride * int64_t(sizeof *w.row[0]));
   if constexpr (Weights::grouped) {
-    const BFloat16* stored[kChannels];
-    point(stored, a.scale, a.scale_stride, first, a.out);
-    const int64_t groups = a.in / a.group;
-    for (int c = 0; c < kChannels; ++c) {
-      float* out = scales + c * groups;
-      for_each_vec(groups, [&](int64_t i, auto n) { store(out + i, load(stored[c] + i, n), n); });
-      w.scale[c] = out;
-    }
+    point(w.scale, a.scale, a.scale_stride, first, a.out);
     w.shift = a.group == 64 ? 6 : 5;
   }
   return w;
@@ -150,16 +143,11 @@ template <class T>
 
 // What a thread works in.
 struct Room {
-  Room(float* data, const QuantizedLinear& a)
-      : unpacked(data), scales(data + kChannels * kSlice), b(scales + kQuads * quad_scales(a)) {}
-  static int64_t quad_scales(const QuantizedLinear& a) {
-    return a.group ? kChannels * (a.in / a.group) : 0;
-  }
+  explicit Room(float* data) : unpacked(data), b(data + kChannels * kSlice) {}
   static int64_t floats(const QuantizedLinear& a) {
-    return kChannels * (kSlice + round_up(a.rank, kWidth)) + kQuads * quad_scales(a);
+    return kChannels * (kSlice + round_up(a.rank, kWidth));
   }
   float* unpacked;  // kChannels slices
-  float* scales;    // (kQuads * kChannels, groups)
   float* b;         // (kChannels, rank), rank in whole vectors
 };
 
@@ -171,9 +159,8 @@ void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t
   const int quads = int(std::min<int64_t>(kQuads, left));
   Sums sums[kQuads], added;
   if (!a.onto) {
-    Weights w[kQuads] = {};
-    for (int q = 0; q < quads; ++q)
-      w[q] = weights_at<Weights>(a, first + q * kChannels, room.scales + q * Room::quad_scales(a));
+    Weights w[kQuads];
+    for (int q = 0; q < quads; ++q) w[q] = weights_at<Weights>(a, first + q * kChannels);
     if constexpr (std::is_integral_v<std::remove_reference_t<decltype(*w[0].row[0])>>) {
       if (a.round_inputs) sum_rounded_tile(w, quads, x.rounded, a.in, sums);
       else sum_tile(w, quads, x, a.in, room.unpacked, sums);
@@ -284,12 +271,12 @@ void layers(const QuantizedLinear* parts, int count) {
       project(parts[item.part], x[i / low], item.index * kChannels, own.own(),
               const_cast<float*>(t.data));
     }
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) schedule(guided, 2)
     for (int64_t block = 0; block < all; ++block) {
       const Item item = item_of(blocks, block);
       const QuantizedLinear& a = parts[item.part];
       for (int64_t i = 0; i < tiles; ++i)
-        layer_block(a, x[i], low_rows(item.part, i), item.index * kBlock, Room(own.own(), a),
+        layer_block(a, x[i], low_rows(item.part, i), item.index * kBlock, Room(own.own()),
                     static_cast<T*>(a.y) + (start + i * kTile) * a.y_stride);
     }
   }

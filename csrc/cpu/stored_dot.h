@@ -161,14 +161,9 @@ void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unp
 // The same with x rounded to int8.
 template <class Weights>
 void sum_rounded_tile(const Weights* w, int quads, const RoundedTile& x, int64_t in, Sums* sums) {
-  RunSums own[kMaxRows][kChannels];
   for (int q = 0; q < quads; ++q)
-    for (int first = 0; first < x.rows; first += kMaxRows) {
-      const int rows = std::min(kMaxRows, x.rows - first);
-      dot_run_rows<kMaxRows>(w[q], x, first, rows, in, own);
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < kChannels; ++c) sums[q][first + r][c] = to_vec(own[r][c]);
-    }
+    for (int row = 0; row < x.rows; row += kMaxRows)
+      dot_run_rows<kMaxRows>(w[q], x, row, std::min(kMaxRows, x.rows - row), in, sums[q] + row);
 }
 
 // One row of any type as float32, padded with zeros to whole vectors.

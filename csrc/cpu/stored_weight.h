@@ -86,14 +86,14 @@ struct Grouped {
   static constexpr float kShift = Numbers::kShift;
   const typename Numbers::Element* row[kChannels];
   int64_t ahead;
-  const float* scale[kChannels];
+  const BFloat16* scale[kChannels];
   int shift;  // log2 of the group
   void run(int c, int64_t k, Vec (&numbers)[kRunVecs]) const {
     const auto* p = row[c] + k / Numbers::kInputs;
     prefetch(p, ahead);
     Numbers::load(p, numbers);
   }
-  float scale_of(int c, int64_t k) const { return scale[c][k >> shift]; }
+  float scale_of(int c, int64_t k) const { return to_float(scale[c][k >> shift]); }
 };
 
 struct ByteNumbers {
@@ -130,13 +130,13 @@ struct Unpacked {
   static constexpr bool grouped = true;
   static constexpr float kShift = Stored::kShift;
   const float* row[kChannels];
-  const float* scale[kChannels];
+  const BFloat16* scale[kChannels];
   int shift;
   void run(int c, int64_t k, Vec (&numbers)[kRunVecs]) const {
 #pragma GCC unroll 8
     for (int v = 0; v < kRunVecs; ++v) numbers[v] = load(row[c] + k + v * kWidth);
   }
-  float scale_of(int c, int64_t k) const { return scale[c][k >> shift]; }
+  float scale_of(int c, int64_t k) const { return to_float(scale[c][k >> shift]); }
 };
 
 // Calls body(k, v, n) for every vector of [begin, end), begin a multiple of kRun.

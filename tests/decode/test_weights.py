@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import fastft
 from fastft.decode.layers import DECODE_WEIGHT
 from fastft.decode.weights import KINDS, DecodeWeight, perplexity, store
+from fastft.ops import quantized_linear
 from fastft.ops.quantized_linear import dequantize
 
 KEYS = {"vocab_size": 96, "eos_token_id": None, "pad_token_id": 0}
@@ -30,8 +31,13 @@ def gpt2():
     return GPT2LMHeadModel(config).eval()
 
 
+def round_inputs(module, inputs):
+    x = inputs[0]
+    return (quantized_linear.rounded(x.flatten(0, -2)).view_as(x),)
+
+
 def rounded(model):
-    """A model whose weights are what the copies stand for."""
+    """A model with the weights the copies stand for, its inputs rounded where theirs are."""
     other = copy.deepcopy(model)
     for module, twin in zip(model.modules(), other.modules(), strict=True):
         held = vars(module).get(DECODE_WEIGHT)
@@ -42,6 +48,8 @@ def rounded(model):
         conv = type(twin).__name__ == "Conv1D"
         twin.weight = torch.nn.Parameter(whole.t().contiguous() if conv else whole)
         vars(twin).pop(DECODE_WEIGHT)
+        if held.stored.round_inputs:
+            twin.register_forward_pre_hook(round_inputs)
     return other
 
 
@@ -54,7 +62,9 @@ def test_tokens_are_those_of_what_the_copies_stand_for(make, kind):
     out = fastft.generate(model, ids, max_new_tokens=12, do_sample=False).sequences
     wanted = rounded(model).generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(out, wanted)
-    assert kind == "int8" or not torch.equal(out, before)
+    head = vars(model.get_output_embeddings())[DECODE_WEIGHT]
+    assert head.kind == ("int8_weight_only" if kind.endswith("_only") else "int8")
+    assert kind.startswith("int8") or not torch.equal(out, before)
 
 
 def test_a_changed_weight_is_stored_anew():
@@ -138,8 +148,8 @@ def test_a_model_that_computes_something_else_is_handed_over():
 
 
 def test_inputs_that_are_no_whole_groups_are_told():
-    counts = store(llama(), "int4_g64")  # the two down projections have 96 inputs
-    assert counts == {("Linear", "int4_g64"): 13, ("Linear", "int8"): 2}
+    counts = store(llama(), "int4_g64")  # the two down projections have 96 inputs, and the head
+    assert counts == {("Linear", "int4_g64"): 12, ("Linear", "int8"): 3}
 
 
 def test_refuses():

@@ -1,5 +1,7 @@
 """quantized_linear: layouts as described, values against float64, the same bits at every width."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from fastft.ops.quantized_linear import (
     dequantize,
     quantize,
     quantized_linear,
+    rounded,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,13 +83,20 @@ def test_quantize_is_nearest_and_never_clips(bits, group):
     torch.testing.assert_close(dequantize(stored, torch.float64), exact, rtol=0, atol=0)
     width = 128 // stored.scale.shape[1]
     step = stored.scale.double().repeat_interleave(width, 1)
-    # A value at half a step may fall either way in float32.
-    assert bool(((weight.double() - exact).abs() <= 0.5000001 * step).all())
-    largest = 127 if bits == 8 else 7
+    numbers = exact / step
+    error = (weight.double() - exact).abs() / step.abs()
+    # A value at half a step may fall either way in float32. Only 8 has no number, in int4.
+    clipped = (numbers == 7) & (weight.double() / step > 7.5) & (bits == 4)
+    assert bool((error <= torch.where(clipped, 1, 0.5000001)).all())
+    largest = 127 if bits == 8 else 8
     peaks = weight.double().reshape(6, -1, width).abs().amax(2)
-    assert bool((peaks <= largest * stored.scale.double()).all())
+    scale = stored.scale.double().abs()
+    assert bool((peaks <= largest * scale).all())
     tight = peaks * (1 + (2**-7 if group else 2**-23))
-    assert bool((largest * stored.scale.double() <= tight)[peaks > 0].all())
+    assert bool((largest * scale <= tight)[peaks > 0].all())
+    if bits == 4:
+        signed = torch.where(peaks > 0, numbers.reshape(6, -1, width).amin(2), -8)
+        assert bool((signed <= -7).all())
 
 
 @pytest.mark.parametrize("bits, group", KINDS[:5])
@@ -101,12 +111,12 @@ def test_zeros_and_numbers_next_to_zero(bits, group):
 
 def test_layouts_byte_by_byte():
     weight = torch.zeros(1, 64)
-    weight[0, 0], weight[0, 16], weight[0, 33], weight[0, 63] = 7, -7, 3, 14
+    weight[0, 0], weight[0, 16], weight[0, 33], weight[0, 63] = 7, -8, 3, 16
     stored = quantize(weight, 4, 32)
-    assert stored.values[0, 0] == (-7 + 8) * 16 + (7 + 8)
-    assert stored.values[0, 17] == 8 * 16 + (2 + 8)  # 3 / 2, to the even one
-    assert stored.values[0, 31] == (7 + 8) * 16 + 8
-    assert stored.scale.tolist() == [[1.0, 2.0]] and stored.scale.dtype is torch.bfloat16
+    assert stored.values[0, 0] == (-8 + 8) * 16 + (7 + 8)
+    assert stored.values[0, 17] == 8 * 16 + (-2 + 8)  # 3 / -2, to the even one
+    assert stored.values[0, 31] == (-8 + 8) * 16 + 8
+    assert stored.scale.tolist() == [[1.0, -2.0]] and stored.scale.dtype is torch.bfloat16
     eight = quantize(weight, 8)
     assert eight.values.is_contiguous() and eight.values[0, 63] == 127
     # As it lies for the library's integer product, which training on it will use.
@@ -174,6 +184,76 @@ def test_same_bits_for_any_thread_count(isa, kind):
     one = fused(*args)
     torch.set_num_threads(threads)
     assert torch.equal(one, two)
+
+
+def rounded_on(weight, x):
+    return quantized_linear(x, replace(weight, round_inputs=True))
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
+def test_inputs_that_int8_holds_are_multiplied_exactly(isa, kind):
+    """Numbers whose rounding changes nothing: the result is as exact as without it."""
+    for rows, inputs in [(1, 64), (2, 576), (3, 128), (4, 1152), (16, 192), (21, 64), (1, 77)]:
+        if inputs % 64 and kind[1] is not None:
+            continue
+        weight = make_weight(kind, 13, inputs)
+        numbers = torch.randint(-127, 128, (rows, inputs)).float()
+        numbers[:, ::32] = 127 * torch.randn(numbers[:, ::32].shape).sign()
+        runs = (inputs + 31) // 32
+        powers = torch.exp2(torch.randint(-20, 20, (rows, runs)).float())
+        x = numbers * powers.repeat_interleave(32, 1)[:, :inputs]
+        assert torch.equal(rounded(x), x)
+        args = (x, weight.values, weight.scale, None, None, None, 0.0)
+
+        def ours(x, values, scale, *_):
+            if x.dtype is torch.float64:
+                return _quantized_linear(x, values, scale, None, None, None, 0.0)
+            return rounded_on(QuantizedWeight(values, scale), x)
+
+        assert_as_exact(ours, eager, args)
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounded_inputs(isa, kind, dtype):
+    """Within half a step of each input of the exact product, and beside the reference's."""
+    for rows, inputs in [(1, 64), (7, 576), (40, 128), (2, 95)]:
+        if inputs % 64 and kind[1] is not None:
+            continue
+        weight, x = make_weight(kind, 21, inputs), torch.randn(rows, inputs).to(dtype)
+        x[0, 3] = 50  # makes the others of its run coarse
+        exact = unpacked(weight.values, weight.scale)
+        y = rounded_on(weight, x)
+        assert y.dtype is dtype
+        padded = torch.nn.functional.pad(x.double(), (0, -inputs % 32)).unflatten(1, (-1, 32))
+        step = (padded.abs().amax(2) / 127).repeat_interleave(32, 1)[:, :inputs]
+        last_place = 2 * torch.finfo(dtype).eps * y.abs().double()
+        bound = 0.5001 * step @ exact.abs().t() + last_place + 1e-6
+        assert bool(((y.double() - x.double() @ exact.t()).abs() <= bound).all())
+        near = rounded(x.float()).double() @ exact.t()
+        # But for an input at half a step, which may fall either way.
+        one = 1.01 * step.amax(1, keepdim=True) * exact.abs().amax()
+        assert bool(((y - near).abs() <= last_place + one).all())
+        assert bool(((y - near).abs() <= last_place + 1e-5).double().mean() > 0.5)
+        # A row has the same bits at every width, for any threads.
+        alone = torch.cat([rounded_on(weight, row) for row in x.split(1)])
+        assert torch.equal(alone, y)
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
+def test_rounded_inputs_that_are_not_finite_or_vanish(isa, kind):
+    weight = make_weight(kind, 9, 128)
+    x = torch.randn(5, 128)
+    clean = rounded_on(weight, x)
+    x[1, 40], x[2, 127], x[3] = float("nan"), float("-inf"), 1e-38
+    y = rounded_on(weight, x)
+    assert bool(y[1:3].isnan().all()) and bool((y[3] == 0).all())
+    assert torch.equal(y[[0, 4]], clean[[0, 4]])
+    assert bool(rounded(x)[1, 32:64].isnan().all()) and not rounded(x)[1, :32].isnan().any()
+    # The adapter sees x as it is.
+    a, b = torch.randn(4, 128), torch.randn(9, 4)
+    lora = quantized_linear(x[:1], replace(weight, round_inputs=True), lora=Adapter(a, b, 0.5))
+    torch.testing.assert_close(lora - y[:1], x[:1] @ a.t() @ b.t() * 0.5, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
