@@ -16,8 +16,10 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _fixed_threads():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _fixed_threads(request):
+    # Processes of pytest-xdist share the cores: threads that wait for each other would take turns.
+    workers = getattr(request.config, "workerinput", {}).get("workercount", 1)
+    torch.set_num_threads(max(1, min(2, torch.get_num_threads() // workers)))
 
 
 @pytest.fixture(autouse=True)

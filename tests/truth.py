@@ -4,6 +4,8 @@ Against a float64 truth, our error (relative norm per tensor) is at most 1.5 tim
 eager in the same dtype, plus 2 ulp of the tensor's largest magnitude for another summation order.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -72,3 +74,17 @@ def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, what: str, factor: 
     assert error <= factor * allowed + slack, (
         f"{what}: relative error {error / scale:.3g}, eager has {allowed / scale:.3g}"
     )
+
+
+def assert_same_bits_for_any_threads(compute: Callable[[], tuple[Tensor, ...] | Tensor]):
+    """compute() gives the same bits on 1, 2 and 3 threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = compute()
+            results.append((out,) if isinstance(out, Tensor) else out)
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

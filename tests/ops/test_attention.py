@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import CASES, bounds, inputs, sides
 from torch.library import opcheck
-from truth import assert_as_exact, leaves, run
+from truth import assert_as_exact, assert_same_bits_for_any_threads, leaves, run
 
 from fastft.ops.attention import _attention, _attention_backward, attention
 
@@ -135,12 +135,7 @@ def test_same_bits_for_any_thread_count():
         out = attention(*args, cu, causal=True, dropout=0.1, seed=3)
         return out, *torch.autograd.grad((out * out).sum(), args)
 
-    two = bits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = bits()
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert_same_bits_for_any_threads(bits)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
-from truth import assert_as_exact, leaves, run
+from truth import assert_as_exact, assert_same_bits_for_any_threads, leaves, run
 
 from fastft.ops.cross_entropy import (
     LossOptions,
@@ -201,12 +201,7 @@ def test_same_bits_for_any_thread_count():
         loss = cross_entropy(logits, labels, weight=weight, label_smoothing=0.1)
         return loss, *torch.autograd.grad(loss, logits)
 
-    two = bits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = bits()
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert_same_bits_for_any_threads(bits)
 
 
 def test_opcheck():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from truth import assert_as_exact
+from truth import assert_as_exact, assert_same_bits_for_any_threads
 
 from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp, _gated_mlp_backward, gated_mlp
 
@@ -178,12 +178,7 @@ def test_same_bits_for_any_thread_count():
         h = gated_mlp(gate, up)
         return h, *torch.autograd.grad(h.square().sum(), (gate, up))
 
-    two = bits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = bits()
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert_same_bits_for_any_threads(bits)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

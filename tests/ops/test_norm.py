@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from truth import assert_as_exact, leaves, run
+from truth import assert_as_exact, assert_same_bits_for_any_threads, leaves, run
 
 from fastft.ops.norm import (
     _layer_norm,
@@ -143,12 +143,7 @@ def test_same_bits_for_any_thread_count():
         y, total = rms_norm(x, weight, residual=res)
         return torch.autograd.grad((y * y).sum(), (x, weight))
 
-    two = bits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = bits()
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert_same_bits_for_any_threads(bits)
 
 
 def test_opcheck():

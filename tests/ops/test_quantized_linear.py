@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from truth import assert_as_exact
+from truth import assert_as_exact, assert_same_bits_for_any_threads
 
 from fastft.ops.quantized_linear import (
     Adapter,
@@ -178,12 +178,10 @@ def test_a_row_has_the_same_bits_at_every_width(isa, kind, dtype, rank):
 @pytest.mark.parametrize("kind", [(8, None), (4, 32), torch.float32])
 def test_same_bits_for_any_thread_count(isa, kind):
     args = make_inputs(torch.float32, kind, 16, 640, 333, 8)
-    two = fused(*args)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = fused(*args)
-    torch.set_num_threads(threads)
-    assert torch.equal(one, two)
+    assert_same_bits_for_any_threads(lambda: fused(*args))
+    if kind not in DTYPES:
+        weight = QuantizedWeight(*args[1:3])
+        assert_same_bits_for_any_threads(lambda: rounded_on(weight, args[0]))
 
 
 def rounded_on(weight, x):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3_rotary
-from truth import assert_as_exact, run
+from truth import assert_as_exact, assert_same_bits_for_any_threads, run
 
 from fastft.ops.rotary import _rotary, _rotary_backward, rotary
 
@@ -145,12 +145,7 @@ def test_same_bits_for_any_thread_count():
         y = rotary(q, k, cos, sin)
         return *y, *torch.autograd.grad(y[0].square().sum() + y[1].square().sum(), (q, k))
 
-    two = bits()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = bits()
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert_same_bits_for_any_threads(bits)
 
 
 def test_opcheck():
