@@ -8,7 +8,14 @@ import sys
 import fastft
 
 # Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
-CONFIGURED: dict[str, tuple[str, str, str, str]] = {}
+CONFIGURED: dict[str, tuple[str, str, str, str]] = {
+    "generate": (
+        "fastft.finetune.generating",
+        "GenerateConfig",
+        "generate",
+        "continue prompts, by templates and examples, into jsonl",
+    ),
+}
 
 
 def _configured(command: str, arguments: list[str]) -> int:

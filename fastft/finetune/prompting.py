@@ -43,7 +43,7 @@ class PromptConfig(Config):
     template: str | None = option(
         None,
         f"Jinja template over a row's columns: a file (.jinja, .j2), {', '.join(TEMPLATES)}, or "
-        "the template itself; default: by the data's columns. If it names `examples`, it places them",
+        "the template itself; default: by the columns. If it names `examples`, it places them",
     )
     answer: str | None = option(None, "template of an example's answer, with its leading space")
     separator: str = option("\n\n", "between examples")
