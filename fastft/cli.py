@@ -9,6 +9,12 @@ import fastft
 
 # Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
 CONFIGURED: dict[str, tuple[str, str, str, str]] = {
+    "train": (
+        "fastft.finetune.train",
+        "TrainConfig",
+        "train",
+        "fine-tune a model: classify, ner, lm or sft, by any of ten methods",
+    ),
     "generate": (
         "fastft.finetune.generating",
         "GenerateConfig",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fastft.finetune import UserError
+from fastft.finetune import UserError, need
 from fastft.finetune.config import Config, option
 
 # Learning rates that people start from: the fewer weights a method trains, the larger.
@@ -46,7 +46,9 @@ class TrainConfig(Config):
     max_length: int | None = option(
         None, least=4, help="tokens per example; default: the model's, at most 512 (lm, sft: 1024)"
     )
-    packing: bool = option(True, help="lm, sft: fill every row with several texts")
+    packing: bool | None = option(
+        None, help="lm, sft: fill every row with several texts; default: where the method allows it"
+    )
 
     method: Literal[tuple(LEARNING_RATES)] = option("full", help="which weights are trained")
     rank: int = option(8, least=1, help="lora, dora, qlora: rank of the update")
@@ -124,3 +126,32 @@ class RunResult:
     metrics: dict
     model: Path | None = None
     runs: list["RunResult"] = field(default_factory=list)  # of each fold or seed
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Fine-tunes as config says; prints a final table and fills the folder config.output.
+
+    With folds or seeds one run each, and their mean and deviation. With dry_run nothing is trained
+    or written: settings, three examples with their label mask, and estimates are printed.
+
+    Raises: UserError for what the user can put right, before anything is written; KeyboardInterrupt
+        after Ctrl-C, once the step is finished and kept for resume.
+    """
+    need("transformers", "fine-tuning")
+    need("datasets", "fine-tuning")
+    need("accelerate", "fine-tuning")
+    import torch
+
+    from fastft.finetune import dry_run, examples, repeats, run_folder, running
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if not config.dry_run:
+        run_folder.check(config)
+    rows = examples.read(config)
+    if config.dry_run:
+        return dry_run.show(config, rows)
+    if config.folds or config.seeds:
+        return repeats.run(config, rows)
+    prepared = running.prepare(config, rows)
+    return running.run(prepared, run_folder.start(config, examples.files(config)))
