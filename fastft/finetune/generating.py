@@ -89,7 +89,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
         if path is not None and path.exists():
             raise UserError(f"{path}: exists already; --output names another file")
     rows = _rows(config)
-    model, tokenizer, report = serving(config)
+    model, tokenizer, report = serving(config.model, config)
     prompts = prompts_of(config, rows, tokenizer)
     encoded = [prompts.prompter.ids(text) for text in prompts.texts]
     _check_lengths(model, encoded, config.max_new_tokens)
@@ -149,17 +149,17 @@ def prompts_of(config: PromptConfig, rows: list[dict], tokenizer, named=lambda r
     return Prompts(prompter, texts, examples)
 
 
-def serving(config) -> tuple[nn.Module, object, str | None]:
+def serving(source: str, config) -> tuple[nn.Module, object, str | None]:
     """A language model ready to run, its tokenizer, and patch's report.
 
-    config: has model, dtype, patch, threads, and perhaps decode_weights.
+    config: has dtype, patch, threads, and perhaps decode_weights.
     """
     from fastft.patch import patch
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    tokenizer = loading.load_tokenizer(config.model)
-    model = loading.load_model(config.model, "lm", dtype=config.dtype)
+    tokenizer = loading.load_tokenizer(source)
+    model = loading.load_model(source, "lm", dtype=config.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if not config.patch:
         return model, tokenizer, None

@@ -91,9 +91,9 @@ class Prompter:
                 raise UserError("messages: the model's tokenizer has no chat template; give one")
             return
         question, answer = _templates(config, columns)
-        self._question, names = _compiled(question, "template")
+        self._question, self.names = _compiled(question, "template")
         self._answer, _ = _compiled(answer, "answer")
-        self.places_examples = "examples" in names
+        self.places_examples = "examples" in self.names
         if self.places_examples:
             if config.chat:
                 raise UserError("template: it places the examples itself, which a chat does too")
