@@ -8,7 +8,14 @@ import sys
 import fastft
 
 # Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
-CONFIGURED: dict[str, tuple[str, str, str, str]] = {}
+CONFIGURED: dict[str, tuple[str, str, str, str]] = {
+    "train": (
+        "fastft.finetune.train",
+        "TrainConfig",
+        "train",
+        "fine-tune a model: classify, ner, lm or sft, by any of ten methods",
+    ),
+}
 
 
 def _configured(command: str, arguments: list[str]) -> int:
