@@ -27,6 +27,12 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "generate",
         "continue prompts, by templates and examples, into jsonl",
     ),
+    "merge": (
+        "fastft.finetune.merge",
+        "MergeConfig",
+        "merge",
+        "an adapter merged into its model, checked; several adapters in one folder",
+    ),
 }
 
 
