@@ -8,7 +8,14 @@ import sys
 import fastft
 
 # Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
-CONFIGURED: dict[str, tuple[str, str, str, str]] = {}
+CONFIGURED: dict[str, tuple[str, str, str, str]] = {
+    "prepare": (
+        "fastft.finetune.prepare",
+        "PrepareConfig",
+        "prepare",
+        "clean a data set, remove its duplicates, convert and split it",
+    ),
+}
 
 
 def _configured(command: str, arguments: list[str]) -> int:
