@@ -284,6 +284,11 @@ def _features(path: Path) -> "Features":
                 seen = pyarrow.array([row.get(name) for row in batch]).type
                 schemas = [pyarrow.schema({name: t}) for t in (types.get(name, seen), seen)]
                 both = pyarrow.unify_schemas(schemas, promote_options="permissive")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{path}: column {name!r} holds half a character (a lone surrogate); "
+                    "`fastft prepare` repairs it"
+                ) from None
             except (pyarrow.ArrowException, OverflowError) as error:
                 why = str(error).splitlines()[0]
                 raise UserError(
