@@ -254,8 +254,10 @@ def _complete(model, tokenizer, encoded, config: GenerateConfig, options: dict, 
                 )
             try:
                 out = decode(model, inputs, **options, **more)
-            except (ValueError, TypeError) as error:
-                raise UserError(str(error)) from error
+            except ValueError as error:
+                if not str(error).startswith("speculation:"):  # of another vocabulary
+                    raise
+                raise UserError(str(error)) from None
             new = out.sequences[:, inputs["input_ids"].shape[1] :]
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             copies = config.num_return_sequences
