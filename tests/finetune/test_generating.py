@@ -32,9 +32,10 @@ def prompts(tmp_path_factory):
 
 def truth(model: str, prompt: str, length: int) -> str:
     held = transformers.AutoModelForCausalLM.from_pretrained(model)
-    ids = torch.tensor([tiny.tokenizer()(prompt)["input_ids"]])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     out = held.generate(ids, do_sample=False, max_new_tokens=length, pad_token_id=2)
-    return tiny.tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("settings", [{}, {"patch": False}, {"speculation": "prompt_lookup"}])
