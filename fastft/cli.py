@@ -8,7 +8,38 @@ import sys
 import fastft
 
 # Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
-CONFIGURED: dict[str, tuple[str, str, str, str]] = {}
+CONFIGURED: dict[str, tuple[str, str, str, str]] = {
+    "prepare": (
+        "fastft.finetune.prepare",
+        "PrepareConfig",
+        "prepare",
+        "clean a data set, remove its duplicates, convert and split it",
+    ),
+    "train": (
+        "fastft.finetune.train",
+        "TrainConfig",
+        "train",
+        "fine-tune a model: classify, ner, lm or sft, by any of ten methods",
+    ),
+    "evaluate": (
+        "fastft.finetune.evaluate",
+        "EvaluateConfig",
+        "evaluate",
+        "measure models on data, side by side; or by prompts, without training",
+    ),
+    "generate": (
+        "fastft.finetune.generating",
+        "GenerateConfig",
+        "generate",
+        "continue prompts, by templates and examples, into jsonl",
+    ),
+    "merge": (
+        "fastft.finetune.merge",
+        "MergeConfig",
+        "merge",
+        "an adapter merged into its model, checked; several adapters in one folder",
+    ),
+}
 
 
 def _configured(command: str, arguments: list[str]) -> int:

@@ -1,20 +1,26 @@
-"""Fine-tuning: thin glue over the libraries users know, with the models patched."""
+"""Fine-tuning: thin glue over the libraries users know, with the models patched.
 
-import importlib
-from types import ModuleType
+Every command is a function here: `fastft.finetune.train(TrainConfig(...))`.
+"""
 
+# A command's function has its module's name. Importing a submodule binds its name here once, when
+# it is first imported, so importing the functions now settles it for good. That is cheap: the
+# modules of commands import the libraries they need when they run.
+from fastft.finetune.errors import UserError, need
+from fastft.finetune.evaluate import EvaluateConfig, EvaluateResult, evaluate
+from fastft.finetune.generating import GenerateConfig, GenerateResult, generate
+from fastft.finetune.train import RunResult, TrainConfig, train
 
-class UserError(Exception):
-    """Something the user can put right; commands print it without a traceback, exit code 2."""
-
-
-def need(module: str, what_for: str) -> ModuleType:
-    """A module of the optional dependencies; UserError with what to install where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        if missing.name != module.partition(".")[0]:
-            raise
-        raise UserError(
-            f"{what_for} needs {missing.name}: pip install 'fastft[finetune]'"
-        ) from None
+__all__ = [
+    "EvaluateConfig",
+    "EvaluateResult",
+    "GenerateConfig",
+    "GenerateResult",
+    "RunResult",
+    "TrainConfig",
+    "UserError",
+    "evaluate",
+    "generate",
+    "need",
+    "train",
+]

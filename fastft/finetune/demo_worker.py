@@ -4,23 +4,11 @@ ORDER is JSON with a job and the demo's settings; the result is the last line of
 """
 
 import json
-import resource
 import sys
-from pathlib import Path
 
 import torch
 
-from fastft.finetune import data, demo
-
-
-def peak_bytes() -> int:
-    """The most this process ever held in memory."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: on Linux that starts at what the parent held when it started this process.
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from fastft.finetune import data, demo, memory_use
 
 
 def memory(settings: demo.Settings, side: str) -> dict:
@@ -31,11 +19,11 @@ def memory(settings: demo.Settings, side: str) -> dict:
         from fastft.patch import patch
 
         patch(model)
-    before = peak_bytes()
+    before = memory_use.peak_of_process()
     optimizer = demo.adamw(model)
     largest = max(task.batches, key=lambda batch: batch["input_ids"].numel())
     demo.train_step(model, optimizer, largest)
-    return {"peak": peak_bytes(), "before_training": before}
+    return {"peak": memory_use.peak_of_process(), "before_training": before}
 
 
 @torch.inference_mode()

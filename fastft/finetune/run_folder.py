@@ -1,0 +1,175 @@
+"""The folder of a run: what was asked, on what, and what came of it; nothing in it is replaced.
+
+settings.yaml, run.json (versions, seed, sha256 of the data), metrics.json, curves.png, patch.txt,
+model/ (what from_pretrained reads) and, while it runs, checkpoints/.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from fastft.finetune import UserError
+
+# What may differ from the run that is resumed: it changes no number.
+_FREE = {"resume", "dry_run", "report_to", "logging_steps", "output"}
+_LIBRARIES = ("fastft", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
+
+
+class RunFolder:
+    """Paths in a run's folder, and writing there: a file is complete or not there."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.settings = self.path / "settings.yaml"
+        self.record = self.path / "run.json"
+        self.metrics = self.path / "metrics.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics.is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        # Trainer writes its state last.
+        held = [c.parent for c in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        return max(held, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
+
+    def write(self, name: str, text: str) -> Path:
+        """A text file, renamed into place when it is complete."""
+        target = self.path / name
+        with readable(str(target)):
+            handle, part = tempfile.mkstemp(prefix=".partial-", dir=self.path)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                os.chmod(part, 0o666 & ~_umask())
+                os.replace(part, target)
+            except BaseException:
+                os.unlink(part)
+                raise
+        return target
+
+    def write_json(self, name: str, held) -> Path:
+        return self.write(name, json.dumps(held, indent=1) + "\n")
+
+    def read_metrics(self) -> dict:
+        return json.loads(self.metrics.read_text(encoding="utf-8"))
+
+
+def check(config) -> None:
+    """UserError where `start` would raise one for the folder, before anything is computed."""
+    folder = RunFolder(config.output)
+    if config.resume:
+        if not folder.record.is_file() or not folder.settings.is_file():
+            raise UserError(f"{config.output}: no run to resume there")
+        if folder.finished:
+            raise UserError(f"{config.output}: this run is finished; there is nothing to resume")
+        return
+    with readable(config.output):
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise UserError(
+                f"{config.output}: exists already; --resume goes on with a run, "
+                "--output names another folder"
+            )
+
+
+def start(config, data: Iterable[Path] = ()) -> RunFolder:
+    """The folder config.output: a new one, or with config.resume the one that is there.
+
+    config: a settings dataclass with output, seed and resume.
+    data: the files that are read; their sha256 is recorded, and must be the same on resuming.
+    Raises: UserError for a folder that exists, or on resuming for one that is not a run's, is
+        finished, or was started with other settings or data.
+    """
+    check(config)
+    folder = RunFolder(config.output)
+    hashes = {str(path): sha256(path) for path in data}
+    if config.resume:
+        _same(folder, config, hashes)
+        return folder
+    with readable(config.output):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write("settings.yaml", yaml_of(config))
+    record = {
+        "seed": config.seed,
+        "data": hashes,
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "command": sys.argv,
+    }
+    folder.write_json("run.json", record)
+    return folder
+
+
+def _same(folder: RunFolder, config, hashes: dict[str, str]) -> None:
+    import yaml
+
+    try:
+        before = yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
+        seen = json.loads(folder.record.read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{config.output}: its record cannot be read: {error}") from None
+    for name, value in asdict(config).items():
+        if name not in _FREE and before.get(name) != value:
+            raise UserError(
+                f"{config.output}: was started with {name} = {before.get(name)}, not {value}; "
+                "a run goes on with its own settings"
+            )
+    for path, digest in hashes.items():
+        if seen.get(path) != digest:
+            raise UserError(f"{config.output}: {path} has changed since the run was started")
+
+
+def yaml_of(config) -> str:
+    """Settings as the flat YAML that the command reads."""
+    import yaml
+
+    held = {name: value for name, value in asdict(config).items() if value is not None}
+    return yaml.safe_dump(held, sort_keys=False, allow_unicode=True)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def sha256(path: str | Path) -> str:
+    with readable(str(path)), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Errors of the file system as one sentence that begins with what."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from None
+    except Exception as error:
+        # safetensors' and torch's writers have exceptions of their own for a full disk.
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise UserError(f"{what}: {os.strerror(errno.ENOSPC)}") from None
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,185 @@
+"""One run: the model made ready, trained, measured and kept in its folder."""
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastft.finetune import (
+    UserError,
+    assets,
+    examples,
+    loading,
+    memory_use,
+    methods,
+    plots,
+    table,
+    tasks,
+    trainer,
+)
+from fastft.finetune.run_folder import RunFolder, readable
+from fastft.finetune.train import RunResult, TrainConfig
+
+# The methods whose adapters a model may come with, by the type in their configuration.
+_KINDS = {
+    "LORA": ("lora", "dora", "qlora"),
+    "IA3": ("ia3",),
+    "PROMPT_TUNING": ("prompt",),
+    "PREFIX_TUNING": ("prefix",),
+}
+
+
+@dataclass
+class Prepared:
+    """What training needs. config: with max_length settled. report: fastft.patch's, or None."""
+
+    config: TrainConfig
+    model: object
+    tokenizer: object
+    datasets: dict
+    report: object
+
+
+def prepare(config: TrainConfig, rows: dict) -> Prepared:
+    """Model, tokenizer and encoded rows of a run; the same for the same config and rows.
+
+    rows: from examples.read. Raises: UserError.
+    """
+    from transformers import set_seed
+
+    task = tasks.of(config.task)
+    packed = config.task == "sft" and task.packs(config)
+    if (reason := methods.fits(config.method, config.task, packing=packed)) is not None:
+        raise UserError(f"method {config.method} does not fit task {config.task}: {reason}")
+    tokenizer = load_tokenizer(config)
+    names = task.names(rows["train"], config, loading.known_labels(config.model))
+    longest = examples.limit(config, tokenizer, loading.load_config(config.model))
+    config = replace(config, max_length=longest)
+    datasets = examples.encode(rows, tokenizer, config, names)
+    set_seed(config.seed)  # new heads and adapters are drawn from it
+    model = with_method(load_model(config, tokenizer, names), config)
+    report = None
+    if config.patch:
+        from fastft.patch import patch
+
+        report = patch(model)
+    return Prepared(config, model, tokenizer, datasets, report)
+
+
+def load_tokenizer(config: TrainConfig):
+    """The tokenizer of config.model, with a chat template where the task needs one."""
+    tokenizer = loading.load_tokenizer(config.model, words=config.task == "ner")
+    if config.task == "sft" and tokenizer.chat_template is None:
+        from fastft.finetune.tasks import sft
+
+        assets.say(f"{config.model}: no chat template; alpaca's form is used and saved with it")
+        tokenizer.chat_template = sft.TEMPLATE
+    return tokenizer
+
+
+def load_model(config: TrainConfig, tokenizer, names):
+    # Of a frozen base half the bits do; what is trained is kept whole.
+    frozen = config.task in ("lm", "sft") and config.method in ("lora", "dora", "qlora")
+    return loading.load_model(
+        config.model,
+        config.task,
+        dtype="bfloat16" if frozen and config.precision == "bf16" else "float32",
+        labels=names,
+        multi_label=config.multi_label,
+        dropout=config.dropout,
+        pad_id=tokenizer.pad_token_id,
+        quantize=config.method == "qlora",
+        trainable=True,
+    )
+
+
+def with_method(model, config: TrainConfig):
+    """The model with what config.method trains; an adapter that it came with goes on training."""
+    if not methods.is_adapter(model):
+        return methods.apply(model, config, config.task)
+    settings = methods.read_settings(loading.locate(config.model))
+    allowed = _KINDS.get(settings["peft_type"], ("adapter",))
+    if config.method not in allowed:
+        raise UserError(
+            f"{config.model}: an adapter; the method {' or '.join(allowed)} goes on training it, "
+            f"for {config.method} merge it first or start from its base model"
+        )
+    return model
+
+
+def run(prepared: Prepared, folder: RunFolder, loss=None) -> RunResult:
+    """Trains, measures and keeps; prints the final table.
+
+    Raises: KeyboardInterrupt after Ctrl-C, with a checkpoint to go on from; UserError.
+    """
+    config, started = prepared.config, time.perf_counter()
+    model, tokenizer, datasets = prepared.model, prepared.tokenizer, prepared.datasets
+    trains = trainer.build_trainer(config, model, tokenizer, datasets, loss)
+    main = trains.is_world_process_zero()
+    if main:
+        folder.write("patch.txt", f"{prepared.report or 'not patched: patch was off'}\n")
+    trainer.fit(trains, folder, config.resume)
+    seconds = time.perf_counter() - started
+    held = [split for split in ("validation", "test") if split in datasets]
+    measured = {split: trainer.measure(trains, datasets[split], config) for split in held}
+    trainable, parameters = methods.count(model)
+    log = trains.state.log_history
+    metrics = {
+        "task": config.task,
+        "method": config.method,
+        "model": config.model,
+        "seed": config.seed,
+        "max_length": config.max_length,
+        "rows": {split: len(rows) for split, rows in datasets.items()},
+        "steps": trains.state.global_step,
+        "epochs": trains.state.epoch,
+        "best_step": trains.state.best_global_step,
+        "loss": next((e["train_loss"] for e in reversed(log) if "train_loss" in e), None),
+        "seconds": seconds,
+        "parameters": {"trainable": trainable, "all": parameters},
+        "peak_memory_bytes": memory_use.peak(),
+        **measured,
+    }
+    keep(trains, tokenizer, folder)
+    if main:
+        folder.write_json("log.json", log)
+        plots.curves(log, folder.path / "curves.png")
+        last = measured.get("test", measured.get("validation", {}))
+        if "confusion" in last:
+            names = trainer.class_names(model)
+            plots.confusion(last["confusion"], names, folder.path / "confusion.png")
+        folder.write_json("metrics.json", metrics)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # the model is kept
+        print(summary(metrics, folder))
+    return RunResult(folder.path, metrics, folder.model)
+
+
+def keep(trains, tokenizer, folder: RunFolder) -> None:
+    """The trained weights under folder.model, renamed into place when they are complete."""
+    if not trains.is_world_process_zero():
+        return
+    with readable(str(folder.model)), tempfile.TemporaryDirectory(dir=folder.path) as part:
+        made = Path(part) / "model"
+        loading.save(trains.model, tokenizer, made)
+        if folder.model.exists():  # of an end that was interrupted
+            shutil.rmtree(folder.model)
+        made.rename(folder.model)
+
+
+def summary(metrics: dict, folder: RunFolder) -> str:
+    """The final table."""
+    counts = metrics["parameters"]
+    splits = [split for split in ("validation", "test") if split in metrics]
+    rows = [["", *splits]]
+    for name in trainer.numbers(metrics[splits[0]]) if splits else ():
+        rows.append([name, *(metrics[split].get(name, "") for split in splits)])
+    share = 100 * counts["trainable"] / counts["all"]
+    lines = [
+        f"{metrics['task']}, {metrics['method']}: {metrics['steps']} steps in "
+        f"{metrics['seconds']:.0f} s, {counts['trainable']:,} of {counts['all']:,} parameters "
+        f"trained ({share:.3g} %), {metrics['peak_memory_bytes'] / 2**20:.0f} MB at most",
+        *([table.text(rows)] if splits else []),
+        f"model: {folder.model}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""`fastft train`: a model, data, a task and a method, from the settings to a run folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastft.finetune import UserError, need
+from fastft.finetune.config import Config, option
+
+# Learning rates that people start from: the fewer weights a method trains, the larger.
+LEARNING_RATES = {
+    "full": 5e-5,
+    "top-layers": 1e-4,
+    "bitfit": 1e-3,
+    "lora": 3e-4,
+    "dora": 3e-4,
+    "qlora": 3e-4,
+    "adapter": 5e-4,
+    "ia3": 5e-3,
+    "prefix": 1e-2,
+    "prompt": 3e-2,
+}
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Config):
+    """Fine-tunes a model on a file, or on a folder that `fastft prepare` wrote.
+
+    fastft train --model all-MiniLM-L6-v2 --data reviews/ --task classify --method lora
+    """
+
+    model: str = option(help="hub name, local folder, run folder or adapter folder")
+    data: str = option(help="a file, or a folder with train, validation and test files")
+    task: Literal["classify", "ner", "lm", "sft"] = option(help="what the model learns")
+    output: str = option("runs/train", help="the run's folder; must not exist yet")
+    validation_data: str | None = option(None, help="a file to validate on")
+    validation: float = option(
+        0.1, least=0, most=0.9, help="share of the data held out where it has no validation file"
+    )
+    text_column: str | None = option(None, help="where texts are; default: text (ner: tokens)")
+    label_column: str | None = option(None, help="where labels are; default: label (ner: tags)")
+    multi_label: bool = option(False, help="classify: any number of labels per text")
+    learn: Literal["completion", "assistant", "all"] = option(
+        "completion", help="sft: the last answer, every answer, or every token"
+    )
+    max_length: int | None = option(
+        None, least=4, help="tokens per example; default: the model's, at most 512 (lm, sft: 1024)"
+    )
+    packing: bool | None = option(
+        None, help="lm, sft: fill every row with several texts; default: where the method allows it"
+    )
+
+    method: Literal[tuple(LEARNING_RATES)] = option("full", help="which weights are trained")
+    rank: int = option(8, least=1, help="lora, dora, qlora: rank of the update")
+    lora_alpha: float = option(16.0, above=0, help="lora: the update is scaled by alpha / rank")
+    lora_dropout: float = option(0.0, least=0, most=0.95, help="lora: dropout before the update")
+    target_modules: list[str] | None = option(
+        None, help="lora, ia3: names of the layers; default: all linear ones"
+    )
+    top_layers: int = option(2, least=0, help="top-layers: how many, beside the head")
+    virtual_tokens: int = option(20, least=1, help="prompt, prefix: length")
+    bottleneck: int = option(64, least=1, help="adapter: width")
+
+    epochs: float = option(3.0, above=0, help="passes over the data")
+    steps: int | None = option(None, least=1, help="optimizer steps, instead of epochs")
+    batch_size: int = option(16, least=1, help="examples per device and forward pass")
+    gradient_accumulation: int = option(1, least=1, help="forward passes per optimizer step")
+    learning_rate: float | None = option(None, above=0, help="default: by method")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", help="of the learning rate"
+    )
+    warmup: float = option(0.1, least=0, help="share of the steps below 1, else steps")
+    weight_decay: float = option(0.0, least=0, help="AdamW's (L2)")
+    max_grad_norm: float = option(1.0, least=0, help="gradients are clipped to it; 0: not")
+    dropout: float | None = option(None, least=0, most=0.95, help="default: the model's own")
+    class_weights: Literal["none", "balanced"] = option("none", help="classify, ner")
+    label_smoothing: float = option(0.0, least=0, most=0.95, help="share given to all labels")
+    focal_gamma: float = option(0.0, least=0, help="classify, ner: focal loss; 0: cross entropy")
+    precision: Literal["float32", "bf16", "fp16"] = option("float32", help="bf16, fp16: mixed")
+    gradient_checkpointing: bool = option(False, help="recompute activations: slower, smaller")
+
+    evaluate_every: int | None = option(None, least=1, help="in steps; default: every epoch")
+    early_stopping: int = option(
+        0, least=0, help="evaluations without improvement before it stops; 0: never"
+    )
+    best: bool = option(True, help="end with the best checkpoint rather than the last")
+    folds: int = option(0, least=0, help="k-fold cross-validation; 0: none")
+    seed: int = option(0, least=0, help="of new weights, dropout and order")
+    seeds: list[int] | None = option(None, least=0, help="one run each, with mean and deviation")
+    resume: bool = option(False, help="go on with the run in the output folder")
+    dry_run: bool = option(False, help="show settings, examples and estimates; train nothing")
+    patch: bool = option(True, help="fastft's kernels")
+    threads: int | None = option(None, least=1, help="of the CPU; default: PyTorch's choice")
+    logging_steps: int = option(10, least=1, help="steps between two points of the curves")
+    report_to: list[str] = option(["none"], help="as in transformers' Trainer, e.g. tensorboard")
+    fsdp: bool = option(False, help="shard over the processes of torchrun (FSDP2)")
+    deepspeed: str | None = option(None, help="a DeepSpeed configuration file")
+
+    def check(self) -> None:
+        if self.folds == 1:
+            raise UserError("folds: expected at least 2, or 0 for none")
+        if self.folds and self.seeds:
+            raise UserError("folds and seeds: one of them at a time")
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise UserError("seeds: every one once")
+        labelled = self.task in ("classify", "ner")
+        for name in ("class_weights", "focal_gamma"):
+            if not labelled and getattr(self, name) not in ("none", 0.0):
+                raise UserError(f"{name}: only for the tasks classify and ner")
+        if self.multi_label and self.task != "classify":
+            raise UserError("multi_label: only for the task classify")
+        if self.fsdp and self.deepspeed:
+            raise UserError("fsdp and deepspeed: one of them at a time")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, the method's own where none was given."""
+        return self.learning_rate or LEARNING_RATES[self.method]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave. model: the trained weights, as load_model and from_pretrained read them."""
+
+    folder: Path
+    metrics: dict
+    model: Path | None = None
+    runs: list["RunResult"] = field(default_factory=list)  # of each fold or seed
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Fine-tunes as config says; prints a final table and fills the folder config.output.
+
+    With folds or seeds one run each, and their mean and deviation. With dry_run nothing is trained
+    or written: settings, three examples with their label mask, and estimates are printed.
+
+    Raises: UserError for what the user can put right, before anything is written; KeyboardInterrupt
+        after Ctrl-C, once the step is finished and kept for resume.
+    """
+    need("transformers", "fine-tuning")
+    need("datasets", "fine-tuning")
+    need("accelerate", "fine-tuning")
+    import torch
+
+    from fastft.finetune import dry_run, examples, repeats, run_folder, running
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if not config.dry_run:
+        run_folder.check(config)
+    rows = examples.read(config)
+    if config.dry_run:
+        return dry_run.show(config, rows)
+    if config.folds or config.seeds:
+        return repeats.run(config, rows)
+    prepared = running.prepare(config, rows)
+    return running.run(prepared, run_folder.start(config, examples.files(config)))

@@ -1,0 +1,174 @@
+"""The Trainer of a run: transformers' own, from our settings, with the task's collator and loss."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fastft.finetune import UserError, tasks
+from fastft.finetune.run_folder import RunFolder, readable
+
+
+def build_trainer(
+    config, model, tokenizer, datasets: dict, loss: Callable | None = None, **more
+) -> Trainer:
+    """A transformers.Trainer, ready for `.train()`; nothing is written before that.
+
+    Args:
+        config: a TrainConfig.
+        model: from loading.load_model and methods.apply; patched or not.
+        tokenizer: from loading.load_tokenizer.
+        datasets: {"train": ..., "validation": ... or absent}, encoded by examples.encode.
+        loss: (outputs, labels, num_items_in_batch=None) -> scalar instead of the task's own.
+        more: given to Trainer's constructor over what is chosen here (callbacks, args, ...).
+    """
+    validated = datasets.get("validation") is not None
+    task = tasks.of(config.task)
+    options = {
+        "args": arguments(config, validated),
+        "data_collator": task.collator(tokenizer, config),
+        "train_dataset": datasets["train"],
+        "eval_dataset": datasets.get("validation"),
+        "processing_class": tokenizer,
+        "compute_loss_func": loss or loss_of(config, model, datasets["train"]),
+        "preprocess_logits_for_metrics": getattr(task, "reduce", None),
+        "callbacks": [EarlyStoppingCallback(config.early_stopping)]
+        if config.early_stopping and validated
+        else [],
+    }
+    if task.metrics is not None:
+        compute = task.metrics(class_names(model), config)
+        options["compute_metrics"] = lambda seen: numbers(compute(*_seen(seen)))
+    return Trainer(model=model, **options | more)
+
+
+def arguments(config, validated: bool = True) -> TrainingArguments:
+    """config as transformers' TrainingArguments; validated: there is data to evaluate on."""
+    import torch
+
+    gpu = torch.accelerator.is_available()
+    if config.precision == "fp16" and not gpu:
+        raise UserError("precision: fp16 needs a GPU; bf16 and float32 run here")
+    every = "epoch" if config.evaluate_every is None else "steps"
+    best = tasks.of(config.task).BEST
+    # A name that transformers is about to change: only given where it is asked for.
+    chosen = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    if validated and (config.best or config.early_stopping):
+        chosen |= {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_{best}",
+            "greater_is_better": best != "loss",
+        }
+    return TrainingArguments(
+        output_dir=str(RunFolder(config.output).checkpoints),
+        num_train_epochs=config.epochs,
+        max_steps=config.steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        use_cpu=not gpu,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        eval_strategy=every if validated else "no",
+        save_strategy=every,
+        eval_steps=config.evaluate_every,
+        save_steps=config.evaluate_every or 500,
+        save_total_limit=1,  # with the best one kept beside it
+        logging_steps=config.logging_steps,
+        report_to=config.report_to,
+        seed=config.seed,
+        remove_unused_columns=False,  # the tasks' datasets hold what the model takes
+        dataloader_pin_memory=gpu,
+        deepspeed=config.deepspeed,
+        **chosen,
+    )
+
+
+def loss_of(config, model, train) -> Callable | None:
+    """The task's loss for Trainer; None where the model's own is right."""
+    from fastft.finetune import loss
+
+    labelled = config.task in ("classify", "ner")
+    return loss.make(
+        config,
+        train["labels"] if labelled else None,
+        names=class_names(model) if labelled else None,
+        multi_label=config.multi_label,
+    )
+
+
+def class_names(model) -> list[str]:
+    names = model.config.id2label
+    return [names[i] for i in sorted(names)]
+
+
+def numbers(metrics: dict) -> dict[str, float]:
+    """What of nested metrics can stand in a log."""
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def measure(trainer: Trainer, dataset, config) -> dict:
+    """The task's metrics on dataset, and the loss there."""
+    from fastft.finetune import metrics
+
+    seen = trainer.predict(dataset, metric_key_prefix="eval")
+    found = {"loss": seen.metrics["eval_loss"]}
+    task = tasks.of(config.task)
+    if task.metrics is None:
+        return found | {"perplexity": metrics.perplexity(found["loss"])}
+    compute = task.metrics(class_names(trainer.model), config)
+    return found | compute(seen.predictions, seen.label_ids)
+
+
+def fit(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
+    """Trains to the end, or to a Ctrl-C: then the step is finished and kept for --resume.
+
+    Raises: KeyboardInterrupt after one; UserError for a full disk.
+    """
+    last = folder.last_checkpoint() if resume else None
+    watch = _Interrupted()
+    trainer.add_callback(watch)
+    with readable(str(folder.path)), watch.listening():
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    trainer.remove_callback(watch)
+    if watch.asked:
+        raise KeyboardInterrupt
+
+
+class _Interrupted(TrainerCallback):
+    """Ctrl-C ends training at the step's end, with a checkpoint; a second one at once."""
+
+    asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may listen
+            return
+        before = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **more):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def _seen(evaluation) -> tuple:
+    predictions = evaluation.predictions
+    # Some heads give hidden states after the logits.
+    return predictions[0] if isinstance(predictions, tuple) else predictions, evaluation.label_ids
