@@ -153,6 +153,17 @@ def test_where_adapters_go():
             assert mlps[i].endswith(f".{i}.{ends[1]}"), mlps
 
 
+@pytest.mark.parametrize("name, inner", [("bert", 48), ("gpt2", 128), ("llama", 48)])
+def test_ia3_scales_keys_values_and_what_enters_the_last_projection(name, inner):
+    model = methods.apply(model_of(name, "ner"), settings("ia3"), "ner")
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "ia3_l" in n}
+    ends = layers.projections(model_of(name, "ner"))[1]
+    entering = {n for n in shapes if any(f"{end}.ia3_l" in n for end in ends)}
+    assert len(entering) == 2 and all(shapes[n] == (1, inner) for n in entering)
+    assert all(shapes[n][1] == 1 for n in shapes.keys() - entering)
+    assert len(shapes) == (4 if name == "gpt2" else 6)
+
+
 def test_target_modules():
     for method in ("lora", "ia3", "adapter"):
         asked = settings(method, target_modules=["o_proj"])
