@@ -15,6 +15,12 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "train",
         "fine-tune a model: classify, ner, lm or sft, by any of ten methods",
     ),
+    "merge": (
+        "fastft.finetune.merge",
+        "MergeConfig",
+        "merge",
+        "an adapter merged into its model, checked; several adapters in one folder",
+    ),
 }
 
 

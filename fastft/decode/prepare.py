@@ -76,6 +76,10 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
         raise HandOver("an encoder-decoder model")
     if model._is_stateful:
         raise HandOver(f"{type(model).__name__} keeps a state that cannot be rolled back")
+    own = vars(model).get("prepare_inputs_for_generation")
+    if own and getattr(own, "__func__", None) is not type(model).prepare_inputs_for_generation:
+        # PEFT puts its virtual tokens in there while it calls the model's generate.
+        raise HandOver("prepare_inputs_for_generation was replaced on this instance")
     kwargs = _stop_strings(model, generation_config, kwargs)
     if "_config" in kwargs:
         generation_config = kwargs.pop("_config")

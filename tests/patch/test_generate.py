@@ -109,6 +109,21 @@ def test_inside_peft_and_as_an_assistant(model, calls):
     assert torch.equal(out, wanted) and calls == ["decoder_layer"]
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_of_peft_are_not_left_out(model, kind):
+    import peft
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    wrapped = peft.get_peft_model(model, config).eval()
+    torch.nn.init.normal_(wrapped.prompt_encoder.default.embedding.weight)
+    asked = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 8, "do_sample": False}
+    wanted, without = wrapped.generate(**asked), model.generate(**asked)
+    assert not torch.equal(wanted, without)
+    fastft.patch(wrapped)
+    assert torch.equal(wrapped.generate(**asked), wanted)
+    assert torch.equal(model.generate(**asked), without)
+
+
 def test_training_between_two_calls_is_seen(model):
     fastft.patch(model)
     model.generate(IDS, max_new_tokens=4, do_sample=False)

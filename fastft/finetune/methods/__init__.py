@@ -41,15 +41,20 @@ class Settings(Protocol):
     bottleneck: int
 
 
-def fits(method: str, task: str, *, packing: bool = False) -> str | None:
+def fits(
+    method: str, task: str, *, packing: bool = False, checkpointing: bool = False
+) -> str | None:
     """Why this method does not go with this task, in one clause; None if it does.
 
     packing: several texts in one row, told apart by position_ids.
+    checkpointing: gradient checkpointing.
     """
     if method == "prompt" and task == "ner":
         return "prompt tuning gives the virtual tokens logits too, which no tag belongs to"
     if method in ("prompt", "prefix") and packing:
         return "virtual tokens are put before a row, and packed rows hold several texts"
+    if method == "prefix" and checkpointing:
+        return "layers that are computed again would find the prefix in the cache a second time"
     if method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         return "qlora needs bitsandbytes: pip install bitsandbytes"
     return None

@@ -36,8 +36,8 @@ def layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
     raise UserError(
-        f"{type(model).__name__} holds no list of its {depth} layers (they may share weights); "
-        "method full trains it"
+        f"{type(model).__name__} holds no list of its {depth} layers (they may share their "
+        "weights), which this method looks for"
     )
 
 

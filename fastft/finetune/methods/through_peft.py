@@ -3,13 +3,16 @@
 import inspect
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import layers
 
 TASK_TYPES = {"classify": "SEQ_CLS", "ner": "TOKEN_CLS", "lm": "CAUSAL_LM", "sft": "CAUSAL_LM"}
+
+
+# Queries, keys and values in one: PEFT scales all three.
+_TOGETHER = (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",))
 
 
 def wrap(model: nn.Module, config, task: str) -> nn.Module:
@@ -22,9 +25,11 @@ def wrap(model: nn.Module, config, task: str) -> nn.Module:
         return peft.get_peft_model(model, _ia3(peft, model, config, common))
     quantised = getattr(model, "is_loaded_in_4bit", False)
     if config.method == "qlora" and not quantised:
-        raise UserError("qlora: the model was not loaded in 4 bits (see methods.quantization)")
+        raise UserError(
+            "method qlora trains a model that was loaded in 4 bits, and this one was not"
+        )
     if quantised:
-        model = peft.prepare_model_for_kbit_training(model)
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = config.target_modules or ["all-linear"]
     if targets == ["all-linear"]:
         targets = "all-linear"
@@ -60,7 +65,7 @@ def _ia3(peft, model: nn.Module, config, common: dict):
 
 def _keys_and_values(model: nn.Module) -> list[str]:
     within = layers.layers(model)[0] + "."
-    for names in (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",)):
+    for names in (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), *_TOGETHER):
         found = [
             name
             for name, _ in model.named_modules()
@@ -113,27 +118,27 @@ def _reads_last_token(model: nn.Module) -> bool:
 
 
 def load(model: nn.Module, folder: str | Path, *, trainable: bool) -> nn.Module:
+    """PEFT's model around this one, with the adapter of a folder.
+
+    Raises: UserError where they do not fit, also where PEFT would load a part and warn.
+    """
     import peft
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{folder}: not an adapter of this model: {error}") from None
-
-
-def quantization(method: str, dtype: torch.dtype | None = None):
-    """What `from_pretrained(quantization_config=…)` takes for this method; None but for qlora.
-
-    NF4 with quantised constants, as in the paper (arXiv 2305.14314).
-    """
-    if method != "qlora":
-        return None
-    need("bitsandbytes", "qlora")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype or torch.float32,
-    )
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            held = set(file.keys())
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()
+        raise UserError(f"{folder}: not an adapter of this model: {' '.join(reason[:2])}") from None
+    expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    known = wrapped.state_dict().keys()  # embeddings may be saved beside an adapter
+    wrong = sorted(name for name in expected ^ held if name not in known)
+    if wrong:
+        raise UserError(
+            f"{folder}: not an adapter of this model: {wrong[0]} is in one of them only"
+        )
+    if not trainable:
+        wrapped.requires_grad_(False)  # PEFT leaves virtual tokens trainable
+    return wrapped
