@@ -9,6 +9,12 @@ import fastft
 
 # Commands with settings (fastft/finetune/config.py): module, settings, function, one line of help.
 CONFIGURED: dict[str, tuple[str, str, str, str]] = {
+    "prepare": (
+        "fastft.finetune.prepare",
+        "PrepareConfig",
+        "prepare",
+        "clean a data set, remove its duplicates, convert and split it",
+    ),
     "train": (
         "fastft.finetune.train",
         "TrainConfig",

@@ -134,8 +134,8 @@ def check(row: Row, format: str) -> None:
             raise Unfit(f"{len(row['tokens'])} tokens but {len(row['tags'])} tags")
     else:
         _text(row["text"], "text")
-        if format == "text-label" and row["label"] == "":
-            raise Unfit("no label")
+        if format == "text-label":
+            _check_label(row["label"])
 
 
 def messages_of(row: Row, format: str) -> list[dict[str, Any]]:
@@ -160,6 +160,19 @@ def text_of(row: Row, format: str) -> str:
     return (" " if format == "tokens" else "\n").join(part for part in found if part)
 
 
+def labels_of(row: Row, format: str) -> tuple:
+    """Labels by which a row is counted: its own, or the kinds of entities that its tags name.
+
+    None of them for a format without labels, and for a label that is a measure rather than a name.
+    """
+    if format == "tokens":
+        kinds = {str(tag).split("-", 1)[-1] for tag in row["tags"]}
+        return tuple(sorted(kinds - {"O"}))
+    label = row.get("label") if format == "text-label" else []
+    labels = label if isinstance(label, list) else [label]
+    return tuple(one for one in labels if not isinstance(one, float))
+
+
 def map_texts(row: Row, format: str, function: Callable[[str], str]) -> Row:
     """row with function applied to each of its texts; labels, tags and roles stay."""
 
@@ -180,6 +193,14 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise Unfit(f"{name} is not a text")
     return value
+
+
+def _check_label(label: Any) -> None:
+    if label == "":
+        raise Unfit("no label")
+    for one in label if isinstance(label, list) else [label]:
+        if not isinstance(one, str | int | float):
+            raise Unfit(f"a label is neither a name nor a number: {one!r}")
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def load_model(
             **options,
         )
     if adapter is None:
-        _tell_new(model, task, info, source)
+        _check_new(model, task, info, source)
         return model
     from fastft.finetune import methods
 
@@ -241,16 +241,13 @@ def _four_bits():
     )
 
 
-def _tell_new(model, task: str, info: dict, source) -> None:
-    """Says which weights source did not hold; a language model has to have them all."""
+def _check_new(model, task: str, info: dict, source) -> None:
+    """UserError where more is new than a head; transformers itself tells what is."""
     mismatched = [entry[0] for entry in info.get("mismatched_keys", ())]
     new = sorted({*info.get("missing_keys", ()), *mismatched})
-    if not new:
-        return
-    shown = ", ".join(new[:4]) + (f" and {len(new) - 4} more" if len(new) > 4 else "")
-    if task in ("lm", "sft") or 2 * len(new) > len(list(model.parameters())):
+    if new and (task in ("lm", "sft") or 2 * len(new) > len(list(model.parameters()))):
+        shown = ", ".join(new[:4]) + (f" and {len(new) - 4} more" if len(new) > 4 else "")
         raise UserError(f"{source}: holds no weights for {shown}")
-    assets.say(f"{source}: new weights for {shown}")
 
 
 def _read(path: Path) -> dict | None:

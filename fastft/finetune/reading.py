@@ -94,7 +94,7 @@ def among(names: Iterable[str], name: str, where: str = "data") -> str:
     names = list(names)
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.65)
     hint = f"did you mean {near[0]!r}" if near else f"it has {', '.join(map(repr, names))}"
     raise UserError(f"{where}: no column {name!r}; {hint}")
 
@@ -284,6 +284,11 @@ def _features(path: Path) -> "Features":
                 seen = pyarrow.array([row.get(name) for row in batch]).type
                 schemas = [pyarrow.schema({name: t}) for t in (types.get(name, seen), seen)]
                 both = pyarrow.unify_schemas(schemas, promote_options="permissive")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{path}: column {name!r} holds half a character (a lone surrogate); "
+                    "`fastft prepare` repairs it"
+                ) from None
             except (pyarrow.ArrowException, OverflowError) as error:
                 why = str(error).splitlines()[0]
                 raise UserError(

@@ -178,7 +178,7 @@ def summary(metrics: dict, folder: RunFolder) -> str:
     lines = [
         f"{metrics['task']}, {metrics['method']}: {metrics['steps']} steps in "
         f"{metrics['seconds']:.0f} s, {counts['trainable']:,} of {counts['all']:,} parameters "
-        f"trained ({share:.2g} %), {metrics['peak_memory_bytes'] / 2**20:.0f} MB at most",
+        f"trained ({share:.3g} %), {metrics['peak_memory_bytes'] / 2**20:.0f} MB at most",
         *([table.text(rows)] if splits else []),
         f"model: {folder.model}",
     ]

@@ -53,9 +53,10 @@ def arguments(config, validated: bool = True) -> TrainingArguments:
         raise UserError("precision: fp16 needs a GPU; bf16 and float32 run here")
     every = "epoch" if config.evaluate_every is None else "steps"
     best = tasks.of(config.task).BEST
-    chosen = {}
+    # A name that transformers is about to change: only given where it is asked for.
+    chosen = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     if validated and (config.best or config.early_stopping):
-        chosen = {
+        chosen |= {
             "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_{best}",
             "greater_is_better": best != "loss",
@@ -75,7 +76,6 @@ def arguments(config, validated: bool = True) -> TrainingArguments:
         use_cpu=not gpu,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
-        gradient_checkpointing=config.gradient_checkpointing,
         eval_strategy=every if validated else "no",
         save_strategy=every,
         eval_steps=config.evaluate_every,

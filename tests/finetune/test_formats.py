@@ -96,6 +96,7 @@ def test_what_turns_have_besides():
         ({"text": 5}, "text", "text is not a text"),
         ({"text": "a", "label": None}, "text-label", "no label"),
         ({"text": "a", "label": ""}, "text-label", "no label"),
+        ({"text": "a", "label": ["x", None]}, "text-label", "neither a name nor a number: None"),
         ({"tokens": ["a"], "tags": []}, "tokens", "not lists of words"),
         ({"tokens": ["a"], "tags": ["O", "O"]}, "tokens", "1 tokens but 2 tags"),
         ({"tokens": [None], "tags": ["O"]}, "tokens", "a token is not a text"),

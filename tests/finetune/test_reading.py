@@ -131,6 +131,7 @@ def test_column_names_the_nearest(tmp_path):
         ("a.json", b'{\n"a": 1}', "line 1: not JSON"),
         ("a.jsonl", b'{"a": 1}\n{"a": "x"}\n', "'a' holds values of different types"),
         ("a.jsonl", b'{"a": %d}\n' % 2**70, "'a' holds values of different types"),
+        ("a.jsonl", b'{"a": "\\ud83d"}', "'a' holds half a character"),
         ("a.parquet", b"PAR1 no, it is not", "a.parquet: "),
         ("a.conll", b"word\n", "line 1: expected a word and its tag"),
         ("a.xlsx", b"PK", "expected a file that ends in .txt, .csv"),

@@ -1,4 +1,4 @@
-"""A random Llama of a few thousand weights with a word tokenizer, in the form that is loaded."""
+"""Random models of a few thousand weights with a word tokenizer, in the form that is loaded."""
 
 import json
 from pathlib import Path
@@ -41,6 +41,53 @@ def save_model(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        vocab_size=5 + len(WORDS),
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def labelled(count: int = 24) -> list[dict]:
+    """Texts whose first word tells the label."""
+    return [
+        {
+            "text": " ".join(WORDS[(i % 2) * 30 + i % 7 : (i % 2) * 30 + i % 7 + 3 + i % 4]),
+            "label": ("bad", "good")[i % 2],
+        }
+        for i in range(count)
+    ]
+
+
+def tagged(count: int = 24) -> list[dict]:
+    """Words of which the later ones are names."""
+    rows = []
+    for i in range(count):
+        places = [(7 * i + 11 * j) % len(WORDS) for j in range(4 + i % 3)]
+        tags = ["B-PER" if place >= 30 else "O" for place in places]
+        rows.append({"tokens": [WORDS[place] for place in places], "tags": tags})
+    return rows
+
+
+def texts(count: int = 24) -> list[dict]:
+    return [{"text": " ".join(WORDS[i % 9 : i % 9 + 8])} for i in range(count)]
+
+
+def save_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def save_data(path: Path, count: int = 12) -> Path:

@@ -1,0 +1,105 @@
+"""Duplicates among texts that pass by once: digests and MinHash signatures are kept, not the texts.
+
+A signature holds, of each of many random orders of all shingles, the first that the text has; two
+texts agree in a share of them that estimates the Jaccard similarity of their shingles, |A ∩ B| /
+|A ∪ B| (Broder 1997). Locality-sensitive hashing finds the candidates (Leskovec et al., Mining of
+Massive Datasets, chapter 3). A text takes about 4 KB of memory, with exact duplicates alone 0.1.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fastft.finetune import need
+
+BLOCK = 4096  # shingles hashed together; a long text would take gigabytes at once
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits spread: Knuth's multiplicative hashing
+
+
+@dataclass(frozen=True)
+class Near:
+    """What a near duplicate is: at least `threshold` similar in its shingles of characters."""
+
+    threshold: float = 0.85
+    shingle: int = 5  # characters; words would not do for scripts without spaces
+    permutations: int = 128
+
+
+@dataclass(frozen=True)
+class Match:
+    """An earlier text that a text repeats, by the number it was given."""
+
+    kind: Literal["duplicate", "near duplicate"]
+    of: int
+
+
+class Duplicates:
+    """The texts seen so far. near None: only what is equal to the letter is a duplicate."""
+
+    def __init__(self, near: Near | None):
+        self._near = near
+        self._digests: dict[bytes, int] = {}
+        if near is not None:
+            datasketch = need("datasketch", "finding near duplicates")
+            # Copies of one share its random orders, which take longer to draw than a signature.
+            self._empty = datasketch.MinHash(near.permutations, hashfunc=_itself)
+            self._index = datasketch.MinHashLSH(near.threshold, near.permutations)
+            self._signatures: dict[int, np.ndarray] = {}
+
+    def find(self, text: str, number: int) -> Match | None:
+        """The earlier text that this one repeats; if there is none, it is remembered as `number`.
+
+        Duplicates are not remembered: what is like one, but not like its first, is its own first.
+        """
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+        if digest in self._digests:
+            return Match("duplicate", self._digests[digest])
+        if self._near is not None:
+            signature = self._signature(text)
+            match = self._nearest(signature)
+            if match is not None:
+                return Match("near duplicate", match)
+            self._index.insert(number, signature)
+            self._signatures[number] = signature.hashvalues
+        self._digests[digest] = number
+        return None
+
+    def _nearest(self, signature) -> int | None:
+        """The most similar of the candidates, of which some are less similar than asked for."""
+        similar = {
+            number: float(np.mean(self._signatures[number] == signature.hashvalues))
+            for number in self._index.query(signature)
+        }
+        best = max(similar, key=lambda number: (similar[number], -number), default=None)
+        if best is None or similar[best] < self._near.threshold:
+            return None
+        return best
+
+    def _signature(self, text: str):
+        held = shingles(text, self._near.shingle)
+        signature = self._empty.copy()
+        for start in range(0, len(held), BLOCK):
+            signature.update_batch(held[start : start + BLOCK].tolist())
+        return signature
+
+
+def shingles(text: str, size: int) -> np.ndarray:
+    """32-bit hashes of all runs of `size` characters, without regard to case and width of spaces.
+
+    Returns: uint64 [number of different ones], at least one; a shorter text is one shingle.
+    """
+    held = " ".join(text.casefold().split()) or " "
+    codes = np.frombuffer(held.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    size = min(size, len(codes))
+    count = len(codes) - size + 1
+    hashes = np.full(count, size, np.uint64)
+    for offset in range(size):
+        hashes = (hashes ^ codes[offset : offset + count]) * MULTIPLIER  # wraps at 2^64
+        hashes ^= hashes >> np.uint64(29)
+    return np.unique(hashes >> np.uint64(32))
+
+
+def _itself(shingle: int) -> int:
+    return shingle

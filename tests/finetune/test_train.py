@@ -1,0 +1,390 @@
+"""fastft train on tiny models: every task by every method, and everything a run can go through."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from finetune import tiny
+
+from fastft import cli
+from fastft.finetune import TrainConfig, UserError, loading, methods, train, trainer
+from fastft.finetune.run_folder import RunFolder
+
+TASKS = {
+    "classify": ("encoder", tiny.labelled),
+    "ner": ("encoder", tiny.tagged),
+    "lm": ("decoder", tiny.texts),
+    "sft": ("decoder", None),
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    tiny.save_encoder(folder / "encoder")
+    tiny.save_model(folder / "decoder")
+    for task, (_, rows) in TASKS.items():
+        if rows is not None:
+            tiny.save_rows(folder / f"{task}.jsonl", rows())
+    tiny.save_data(folder / "sft.json")
+    return folder
+
+
+@pytest.fixture
+def config(shared, tmp_path):
+    """config(task, **settings): a short run whose every step sees all of the data."""
+
+    def make(task: str, **settings) -> TrainConfig:
+        data = next(shared.glob(f"{task}.json*"))
+        usual = {
+            "model": str(shared / TASKS[task][0]),
+            "data": str(data),
+            "output": str(tmp_path / "run"),
+            "validation": 0.0,
+            "steps": 12,
+            "batch_size": 32,
+            "max_length": 32,
+            "logging_steps": 1,
+            "bottleneck": 8,
+            "virtual_tokens": 4,
+            "top_layers": 1,
+        }
+        return TrainConfig(task=task, **usual | settings)
+
+    return make
+
+
+def losses(folder) -> list[float]:
+    return [e["loss"] for e in json.loads((folder / "log.json").read_text()) if "loss" in e]
+
+
+def weights(folder) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(next(folder.glob("model/*.safetensors")))
+
+
+FITTING = [
+    (task, method)
+    for task in TASKS
+    for method in methods.METHODS
+    if method != "qlora" and methods.fits(method, task) is None
+]
+
+
+@pytest.mark.parametrize(("task", "method"), FITTING)
+def test_every_task_improves_by_every_method(config, task, method):
+    if method == "bitfit" and TASKS[task][0] == "decoder":
+        pytest.skip("a Llama has no biases")
+    rate = 5e-2 if method in ("prompt", "prefix", "ia3") else 1e-2
+    result = train(config(task, method=method, learning_rate=rate))
+    seen = losses(result.folder)
+    assert len(seen) == 12 and seen[-1] < seen[0] - 0.02, seen
+    trainable = result.metrics["parameters"]["trainable"]
+    assert (trainable == result.metrics["parameters"]["all"]) == (method == "full")
+    names = {"classify": ["bad", "good"], "ner": ["O", "B-PER"]}.get(task)
+    assert loading.known_labels(result.folder) == names
+    # What was kept computes what was trained: the loss goes on where it ended.
+    tokenizer = loading.load_tokenizer(result.folder)
+    model = loading.load_model(result.folder, task, pad_id=tokenizer.pad_token_id)
+    assert not list(result.folder.glob("checkpoints"))
+    loss = held_loss(config(task, method=method), model, tokenizer)
+    assert loss < seen[0] and abs(loss - seen[-1]) < 0.5 * (seen[0] - seen[-1]) + 0.05
+
+
+def held_loss(config, model, tokenizer) -> float:
+    from fastft.finetune import examples, tasks
+
+    names = trainer.class_names(model) if config.task in ("classify", "ner") else None
+    rows = examples.encode(examples.read(config), tokenizer, config, names)["train"]
+    batch = tasks.of(config.task).collator(tokenizer, config)(list(rows))
+    with torch.no_grad():
+        return model.eval()(**batch).loss.item()
+
+
+def test_a_finished_run_holds_what_it_was(config, shared):
+    result = train(config("classify", validation=0.25, learning_rate=1e-2, evaluate_every=4))
+    folder = result.folder
+    held = {path.name for path in folder.iterdir()}
+    assert held >= {
+        "settings.yaml", "run.json", "metrics.json", "log.json", "patch.txt", "curves.png",
+        "confusion.png", "model",
+    }  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(result.metrics))
+    assert metrics["rows"] == {"train": 18, "validation": 6}
+    assert metrics["validation"]["confusion"] and metrics["validation"]["f1_macro"] > 0.9
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert settings["task"] == "classify" and settings["steps"] == 12
+    record = json.loads((folder / "run.json").read_text())
+    assert len(record["data"][str(shared / "classify.jsonl")]) == 64
+    assert record["versions"]["torch"] and record["seed"] == 0
+    assert "attention" in (folder / "patch.txt").read_text()
+    # Plain transformers goes on from it.
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(result.model)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_patched_and_not_are_the_same_run(config, tmp_path):
+    seen = {}
+    for patched in (True, False):
+        run = config("classify", patch=patched, output=str(tmp_path / str(patched)), steps=4)
+        seen[patched] = losses(train(run).folder)
+    assert seen[True] == pytest.approx(seen[False], abs=2e-5)
+
+
+@pytest.mark.parametrize("task", ["classify", "ner", "lm"])
+def test_accumulated_batches_are_one_batch(config, tmp_path, task):
+    whole = train(config(task, batch_size=24, steps=3))
+    parts = train(
+        config(task, batch_size=6, gradient_accumulation=4, steps=3, output=str(tmp_path / "parts"))
+    )
+    assert losses(parts.folder) == pytest.approx(losses(whole.folder), abs=1e-4)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("task", "method"), [("classify", "full"), ("sft", "lora")])
+def test_resuming_gives_the_uninterrupted_weights(config, tmp_path, monkeypatch, task, method):
+    usual = {
+        "method": method, "steps": 6, "batch_size": 2, "evaluate_every": 2, "dropout": 0.1,
+        "validation": 0.25, "lora_dropout": 0.1, "packing": False,
+    }  # fmt: skip
+    whole = train(config(task, **usual))
+    broken = config(task, **usual, output=str(tmp_path / "broken"))
+    from transformers import Trainer
+
+    step, count = Trainer.training_step, []
+
+    def fails(self, *args, **options):
+        count.append(0)
+        if len(count) == 4:
+            raise Stop
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", fails)
+        with pytest.raises(Stop):
+            train(broken)
+    assert RunFolder(broken.output).last_checkpoint().name == "checkpoint-2"
+    with pytest.raises(UserError, match="steps = 6, not 7"):
+        train(replace(broken, resume=True, steps=7))
+    again = train(replace(broken, resume=True))
+    for name, weight in weights(whole.folder).items():
+        assert torch.equal(weight, weights(again.folder)[name]), name
+    assert losses(again.folder) == losses(whole.folder)
+    with pytest.raises(UserError, match="finished"):
+        train(replace(broken, resume=True))
+
+
+def test_an_interruption_keeps_the_step(config, monkeypatch, capsys):
+    from transformers import Trainer
+
+    step, count = Trainer.training_step, []
+
+    def interrupted(self, *args, **options):
+        count.append(0)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **options)
+
+    run = config("classify", batch_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    folder = RunFolder(run.output)
+    assert folder.last_checkpoint().name == "checkpoint-3" and not folder.finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(UserError, match="no trained model yet"):
+        loading.load_model(run.output, "classify")
+    result = train(replace(run, resume=True))
+    assert len(losses(result.folder)) == 12
+
+
+def test_early_stopping_ends_with_the_best(config, monkeypatch):
+    """A rate that wrecks the model after it was good: the good one is what is kept."""
+    run = config(
+        "classify", validation=0.25, evaluate_every=2, steps=40, early_stopping=2,
+        learning_rate=1e-2, schedule="constant", warmup=0,
+    )  # fmt: skip
+    scores, measured = iter([0.5, 0.9, 0.4, 0.3, 0.2, 0.1]), trainer.numbers
+
+    def scored(metrics):
+        return measured(metrics) | {"f1_macro": next(scores)}
+
+    kept = {}
+    keep = trainer._Interrupted.on_step_end
+
+    def remember(self, args, state, control, model=None, **more):
+        kept[state.global_step] = model.classifier.weight.detach().clone()
+        return keep(self, args, state, control, **more)
+
+    monkeypatch.setattr(trainer, "numbers", scored)
+    monkeypatch.setattr(trainer._Interrupted, "on_step_end", remember)
+    monkeypatch.setattr(trainer, "measure", lambda *a: {})
+    monkeypatch.setattr("fastft.finetune.running.summary", lambda *a: "")
+    result = train(run)
+    assert result.metrics["steps"] == 8 and result.metrics["best_step"] == 4
+    assert torch.equal(weights(result.folder)["classifier.weight"], kept[4])
+    assert not torch.equal(kept[4], kept[8])
+
+
+def test_a_dry_run_writes_nothing(config, capsys):
+    for task in TASKS:
+        run = config(task, dry_run=True)
+        result = train(run)
+        shown = capsys.readouterr().out
+        assert not result.folder.exists() and result.model is None
+        assert f"task: {task}" in shown and "learning_rate: 5.0e-05" in shown
+        assert shown.count("\nexample ") == 3 or task in ("lm", "sft")
+        assert "> " in shown and "minutes" in shown and "MB, activations" in shown
+        assert result.metrics["memory_bytes"]["activations"] > 1000
+        assert result.metrics["steps"] == 12
+    assert "> word" in shown and "  <s> user" in shown  # the answer is learned, what is asked not
+
+
+def test_folds_and_seeds_have_mean_and_deviation(config, tmp_path):
+    result = train(config("classify", folds=3, steps=2))
+    assert [run.folder.name for run in result.runs] == ["fold-1", "fold-2", "fold-3"]
+    values = [run.metrics["validation"]["accuracy"] for run in result.runs]
+    spread = json.loads((result.folder / "metrics.json").read_text())["validation"]["accuracy"]
+    assert spread["mean"] == pytest.approx(sum(values) / 3)
+    assert spread["deviation"] == pytest.approx(torch.tensor(values).double().std().item())
+    for run in result.runs:
+        assert run.metrics["rows"] == {"train": 16, "validation": 8}
+        held = [row["support"] for row in run.metrics["validation"]["per_class"].values()]
+        assert held == [4, 4]
+
+    seeds = config("classify", seeds=[3, 5], steps=2, output=str(tmp_path / "seeds"))
+    result = train(seeds)
+    first, second = (weights(run.folder)["classifier.weight"] for run in result.runs)
+    assert not torch.equal(first, second)
+    # One that was lost is run again, the other is not; the same seed gives the same weights.
+    os.unlink(result.folder / "metrics.json")
+    shutil.rmtree(result.folder / "seed-5")
+    before = (result.folder / "seed-3" / "metrics.json").stat().st_mtime_ns
+    again = train(replace(seeds, resume=True))
+    assert torch.equal(weights(again.runs[1].folder)["classifier.weight"], second)
+    assert (result.folder / "seed-3" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_training_goes_on_from_an_adapter(config, tmp_path):
+    first = train(config("classify", method="lora", steps=3))
+    more = config(
+        "classify", method="lora", model=str(first.folder), steps=3, output=str(tmp_path / "2")
+    )
+    second = train(more)
+    assert losses(second.folder)[0] < losses(first.folder)[0]
+    changed = [
+        n for n, w in weights(first.folder).items() if not w.equal(weights(second.folder)[n])
+    ]
+    assert any("lora_B" in name for name in changed)
+    with pytest.raises(UserError, match="is an adapter|an adapter; the method lora"):
+        train(replace(more, method="full", output=str(tmp_path / "3")))
+
+
+def test_several_labels(config, tmp_path):
+    rows = [
+        {
+            "text": f"word{i % 5} word{30 + i % 3}",
+            "label": ["a"] * (i % 5 < 2) + ["b"] * (i % 3 < 1),
+        }
+        for i in range(30)
+    ]
+    data = tiny.save_rows(tmp_path / "several.jsonl", rows)
+    result = train(
+        config(
+            "classify",
+            data=str(data),
+            multi_label=True,
+            learning_rate=2e-2,
+            validation=0.3,
+            evaluate_every=6,
+            class_weights="balanced",
+        )  # fmt: skip
+    )
+    assert losses(result.folder)[-1] < 0.5 * losses(result.folder)[0]
+    assert result.metrics["validation"]["f1_micro"] > 0.9
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(result.model).problem_type
+    assert kind == "multi_label_classification"
+
+
+def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
+    """What a user may get wrong: the settings, and words of the sentence."""
+
+    def rows(name, held):
+        return str(tiny.save_rows(tmp_path / name, held))
+
+    good, bad = {"text": "word1", "label": "good"}, {"text": "word2", "label": "bad"}
+    return {
+        "no file": ({"data": str(tmp_path / "none.csv")}, "no such file"),
+        "no column": ({"text_column": "txt"}, "no column 'txt'; did you mean 'text'"),
+        "no label column": ({"label_column": "lable"}, "did you mean 'label'"),
+        "one class": ({"data": rows("one.jsonl", [good] * 5)}, "nothing to tell apart"),
+        "no label": ({"data": rows("x.jsonl", [good, {"text": "a"}, bad])}, "row 1: no label"),
+        "no text": ({"data": rows("t.jsonl", [good, bad | {"text": None}])}, "row 1"),
+        "unseen label": (
+            {"validation_data": rows("v.jsonl", [good, good | {"label": "fine"}])},
+            "validation: row 1: the label 'fine' is not one of bad, good",
+        ),
+        "lists of labels": (
+            {"data": rows("l.jsonl", [{"text": "a", "label": ["x", "y"]}] * 3)}, "multi_label",
+        ),
+        "too long": ({"max_length": 65}, "more than the model's 64"),
+        "no validation": ({"early_stopping": 1}, "no validation data to stop by"),
+        "few rows": ({"folds": 13}, "the label 'bad' has 12 rows"),
+        "no model": ({"model": str(tmp_path / "nothing")}, "no such folder"),
+        "a file": ({"model": str(shared / "classify.jsonl")}, "a file"),
+        "no such method here": ({"task": "ner", "method": "prompt"}, "does not fit"),
+        "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
+    }  # fmt: skip
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(config, shared, tmp_path, capsys):
+    for name, (settings, words) in wrong(shared, tmp_path).items():
+        if name == "half on the CPU" and torch.accelerator.is_available():
+            continue
+        run = config("classify", **{k: v for k, v in settings.items() if k != "task"})
+        run = replace(run, task=settings.get("task", "classify"))
+        with pytest.raises(UserError) as raised:
+            train(run)
+        assert words in str(raised.value), name
+        assert "\n" not in str(raised.value), name
+        assert not (tmp_path / "run").exists(), name
+
+
+def test_a_run_is_not_written_over(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        train(config("classify"))
+    with pytest.raises(UserError, match="no run to resume"):
+        train(config("classify", resume=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_the_command(shared, tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        f"model: {shared / 'encoder'}\ndata: {shared / 'classify.jsonl'}\n"
+        "task: classify\nsteps: 2\n"
+    )
+    output = tmp_path / "out"
+    assert cli.main(["train", str(settings), "--output", str(output), "--seed", "4"]) == 0
+    assert json.loads((output / "metrics.json").read_text())["seed"] == 4
+    shown = capsys.readouterr().out
+    assert "f1_macro" in shown and "2 steps" in shown
+    assert cli.main(["train", str(settings), "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
