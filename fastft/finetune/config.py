@@ -10,6 +10,7 @@ import argparse
 import difflib
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -57,29 +58,64 @@ def read(kind: type[Kind], command: str, arguments: list[str]) -> Kind:
     Raises: UserError for a file that cannot be read, an unknown key or flag (with the nearest
     name), and a value of the wrong type. --help prints every field and ends the process.
     """
-    arguments = list(arguments)
-    files = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
-    while "--config" in arguments:
-        at = arguments.index("--config")
-        files += arguments[at + 1 : at + 2]
-        del arguments[at : at + 2]
+    files, arguments = _settings_files(arguments)
     if len(files) > 1:
         raise UserError(f"one settings file at a time, got {' and '.join(files)}")
     known = {item.name for item in fields(kind)}
+    flags = []
     for argument in arguments:
-        name = argument.partition("=")[0].removeprefix("--").removeprefix("no-")
-        if argument.startswith("--") and name.replace("-", "_") not in {*known, "help"}:
-            raise _unknown(f"--{name}", name.replace("-", "_"), known, flag=True)
-    given = [*(_flags_of(files[0], kind) if files else []), *arguments]
+        if not argument.startswith("--"):
+            flags.append(argument if argument == "-h" else _value(argument))
+            continue
+        flag, joined, value = argument.partition("=")
+        flag = flag.replace("_", "-")  # a key as the file has it will do
+        name = flag.removeprefix("--").replace("-", "_")
+        if not {name, name.removeprefix("no_")} & {*known, "help"}:
+            raise _unknown(flag, name, known, flag=True)
+        flags.append(flag + joined + value)
+    given = [*(_flags_of(files[0], kind) if files else []), *flags]
     values, rest = _parser(kind, command).parse_known_args(given)
     if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; `fastft {command} --help` lists them")
+        rest = rest[0].removeprefix(ESCAPE)
+        raise UserError(f"unexpected argument {rest!r}; `fastft {command} --help` lists them")
     return kind(**vars(values))
+
+
+def _settings_files(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The YAML files named, first of all or by --config, and the other arguments."""
+    rest = list(arguments)
+    files = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    for argument in [a for a in rest if a == "--config" or a.startswith("--config=")]:
+        at = rest.index(argument)
+        _, joined, file = rest.pop(at).partition("=")
+        if not joined and at < len(rest):
+            file = rest.pop(at)
+        if not file:
+            raise UserError("--config: expected a file")
+        files.append(file)
+    return files, rest
+
+
+# Before a value that starts with a hyphen, which argparse would take for a flag.
+ESCAPE = "\0"
+
+
+def _value(text: str) -> str:
+    return ESCAPE + text if text.startswith("-") else text
+
+
+def _unescaped(hint: type) -> Callable[[str], Any]:
+    def value(text: str) -> Any:
+        return hint(text.removeprefix(ESCAPE))
+
+    value.__name__ = hint.__name__  # argparse's messages say it
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(message.removeprefix("argument "))
+        shown = message.replace(repr(ESCAPE)[1:-1], "").replace(ESCAPE, "")
+        raise UserError(shown.removeprefix("argument "))
 
 
 def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
@@ -100,11 +136,11 @@ def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
         if get_origin(hint) is list:
             hint, options["nargs"] = get_args(hint)[0], "+"
         if get_origin(hint) is Literal:
-            options["choices"] = get_args(hint)
+            options |= {"choices": get_args(hint), "type": _unescaped(type(get_args(hint)[0]))}
         elif hint is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": hint, "metavar": hint.__name__.upper()}
+            options |= {"type": _unescaped(hint), "metavar": hint.__name__.upper()}
         default = _default_of(item)
         shown = "required" if default is MISSING else f"default: {default}"
         text = f"{item.metadata.get('help', '')} ({shown})".replace("%", "%%")
@@ -134,7 +170,7 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
         raise UserError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}") from None
     if not isinstance(held, dict):
         raise UserError(f"{path}: expected lines of `key: value`")
-    flags, known = [], {f.name for f in fields(kind)}
+    flags, known, hints = [], {f.name for f in fields(kind)}, get_type_hints(kind)
     for key, value in held.items():
         name = str(key).replace("-", "_")
         if name not in known:
@@ -144,11 +180,15 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         if not values or any(isinstance(v, list | dict) for v in values):
             raise UserError(f"{path}: {key}: expected a value or a list of values, got {value!r}")
+        kinds = {get_origin(one) or one for one in _alternatives(hints[name])}
+        if isinstance(value, bool) != (bool in kinds) or list in {type(value)} - kinds:
+            expected = _named(hints[name])
+            raise UserError(f"{path}: {key}: expected {expected}, got {value!r}")
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
+            flags += [flag, *(_value(str(v)) for v in value)]
         else:
             flags.append(f"{flag}={value}")  # joined: no value is taken for a flag of its own
     return flags

@@ -77,9 +77,10 @@ def _balanced_presence(labels: Iterable, names: list[str] | None) -> list[float]
 
 
 def _need_all(counts: np.ndarray, names: list[str] | None, which: str = "of") -> None:
-    missing = np.flatnonzero(counts == 0)
-    if counts.size == 0 or missing.size:
-        name = names[missing[0]] if names and missing.size else (missing[:1] or ["any"])[0]
+    if not counts.size:
+        raise UserError("class_weights: balanced: no labelled training example")
+    for i in np.flatnonzero(counts == 0):
+        name = names[i] if names else i
         raise UserError(f"class_weights: balanced: no training example {which} class {name}")
 
 

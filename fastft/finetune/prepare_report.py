@@ -87,19 +87,19 @@ def plot(metrics: dict[str, Any], lengths, splits: Sequence[str], path: Path) ->
     lengths_axes, *others = figure.subplots(1, panels, squeeze=False)[0]
 
     values, of = np.array(lengths), np.array(splits)
-    edges = np.unique(np.geomspace(1, max(values.max(), 2), 40).astype(int))
+    edges = np.unique(np.geomspace(values.min(), values.max() + 1, 40).astype(int))
     lengths_axes.hist([values[of == name] for name in held], edges, stacked=True, label=list(held))
     lengths_axes.set(xscale="log", xlabel="characters", ylabel="rows")
     lengths_axes.legend()
     if labels:
         axes = others.pop(0)
-        for number, (name, one) in enumerate(held.items()):
+        for number, one in enumerate(held.values()):
             shares = [one["labels"].get(label, 0) / one["rows"] for label in labels]
             places = np.arange(len(labels)) + (number - (len(held) - 1) / 2) * 0.8 / len(held)
-            axes.bar(places, shares, 0.8 / len(held), label=name)
-        axes.set_xticks(range(len(labels)), [label[:20] for label in labels], rotation=30)
-        axes.set_ylabel("share of the split's rows")
-        axes.legend()
+            axes.bar(places, shares, 0.8 / len(held))  # in the colors of the lengths
+        axes.set_xticks(range(len(labels)), [label[:20] for label in labels])
+        axes.tick_params("x", rotation=30 if len(labels) > 6 else 0)
+        axes.set_ylabel("share of the split's rows with a label")
     if metrics["dropped"]:
         axes = others.pop(0)
         reasons = list(metrics["dropped"].items())[:BARS]

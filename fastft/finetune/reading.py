@@ -94,7 +94,7 @@ def among(names: Iterable[str], name: str, where: str = "data") -> str:
     names = list(names)
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.65)
     hint = f"did you mean {near[0]!r}" if near else f"it has {', '.join(map(repr, names))}"
     raise UserError(f"{where}: no column {name!r}; {hint}")
 

@@ -18,8 +18,8 @@ def split(strata: Sequence[Hashable], shares: Mapping[str, float], seed: int) ->
     """The split of each row: a name of shares, or "train" for what these leave.
 
     strata: a label per row. Every split gets its share of each label, rounded so that its size is
-    its share of all rows: at least one row. A label with a single row stays in train, so that none
-    is unseen in training. (scikit-learn's stratified split refuses labels with so few rows.)
+    its share of all rows: at least one row. Of every label one row at least stays in train, so that
+    none is unseen there. (scikit-learn's stratified split refuses labels with so few rows.)
     """
     random = np.random.default_rng(seed)
     members: dict[Hashable, list[int]] = {}
@@ -35,8 +35,11 @@ def split(strata: Sequence[Hashable], shares: Mapping[str, float], seed: int) ->
         ideal = {stratum: share * size for stratum, size in sizes.items()}
         taken = {s: min(int(ideal[s]), len(left[s]) - 1) for s in left}
         by_remainder = sorted(left, key=lambda s: int(ideal[s]) - ideal[s])
-        for stratum in by_remainder:
-            if sum(taken.values()) < wanted and taken[stratum] < len(left[stratum]) - 1:
+        while missing := wanted - sum(taken.values()):
+            able = [s for s in by_remainder if taken[s] < len(left[s]) - 1]
+            if not able:
+                break
+            for stratum in able[:missing]:
                 taken[stratum] += 1
         for stratum, count in taken.items():
             for _ in range(count):

@@ -139,4 +139,6 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool) -> nn.Module:
         raise UserError(
             f"{folder}: not an adapter of this model: {wrong[0]} is in one of them only"
         )
+    if not trainable:
+        wrapped.requires_grad_(False)  # PEFT leaves virtual tokens trainable
     return wrapped
