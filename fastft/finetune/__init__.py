@@ -9,6 +9,8 @@ Every command is a function here: `fastft.finetune.train(TrainConfig(...))`.
 from fastft.finetune.errors import UserError, need
 from fastft.finetune.evaluate import EvaluateConfig, EvaluateResult, evaluate
 from fastft.finetune.generating import GenerateConfig, GenerateResult, generate
+from fastft.finetune.merge import MergeConfig, MergeResult, merge
+from fastft.finetune.prepare import PrepareConfig, PrepareResult, prepare
 from fastft.finetune.train import RunResult, TrainConfig, train
 
 __all__ = [
@@ -16,11 +18,17 @@ __all__ = [
     "EvaluateResult",
     "GenerateConfig",
     "GenerateResult",
+    "MergeConfig",
+    "MergeResult",
+    "PrepareConfig",
+    "PrepareResult",
     "RunResult",
     "TrainConfig",
     "UserError",
     "evaluate",
     "generate",
+    "merge",
     "need",
+    "prepare",
     "train",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_onto import lora_onto
+from fastft.patch.base_weights import Int8Linear
 from fastft.patch.swap import has_own_forward, is_hooked, original_forward
 
 
@@ -38,7 +39,9 @@ def _is_conv1d(base: nn.Module) -> bool:
 
 
 def _is_quantised(base: nn.Module) -> bool:
-    """bitsandbytes' 4-bit and 8-bit layers: their product stays theirs."""
+    """Ours, or bitsandbytes' 4-bit and 8-bit layers: their product stays theirs."""
+    if isinstance(base, Int8Linear):
+        return True
     return isinstance(base, nn.Linear) and type(base).__module__.startswith("bitsandbytes.")
 
 

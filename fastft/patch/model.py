@@ -3,17 +3,25 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from fastft.patch import base_weights as stored_base
 from fastft.patch import generate
 from fastft.patch.confirm import Unlike, unhooked
 from fastft.patch.report import Report
 from fastft.patch.swap import has_own_forward, swap, swap_of, undo
 
 
-def patch(model: nn.Module, *, decode_weights: str | None = None) -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    decode_weights: str | None = None,
+    base_weights: str | None = None,
+    originals: str | Path | None = None,
+) -> Report:
     """Swaps fused operators into this model's modules, in place; returns what was done.
 
     Covers norms, gated MLPs, rotary embeddings, attention, PEFT's LoRA layers, and head and loss of
@@ -28,8 +36,16 @@ def patch(model: nn.Module, *, decode_weights: str | None = None) -> Report:
 
     Args:
         decode_weights: "int8", "int4" or "int4_g64" gives linear layers quantised copies that
-            `generate` reads instead; training does not see them. `verify` tells what they cost in
-            perplexity, `unpatch` drops them.
+            `generate` reads instead, on the CPU with inputs rounded to eight bits for them
+            ("int8_weight_only" and "int4_weight_only" do not round); training does not see them.
+            `verify` tells what they cost in perplexity, `unpatch` drops them.
+        base_weights: "int8" makes frozen linear layers hold int8 numbers instead of their weights
+            and multiply integers, forward and backward: a quarter of the memory, for training
+            adapters. The head and the embeddings stay. Merging and whatever else reads a weight
+            needs `unpatch` first.
+        originals: a folder for the weights that base_weights takes away: a checkpoint that has
+            them, to be read again, or a place to write them. `unpatch` gives them back; without,
+            it gives back what the int8 numbers stand for, and says so.
     Raises: TypeError or ValueError that names the argument.
     """
     if not isinstance(model, nn.Module):
@@ -41,12 +57,19 @@ def patch(model: nn.Module, *, decode_weights: str | None = None) -> Report:
     try:
         with torch.device("cpu"):
             patcher = _Patcher(report)
+            replaced = []
+            if base_weights is not None:
+                replaced = stored_base.store(model, base_weights, originals)
+            for layer in replaced:
+                report.add(layer, "int8_linear", "int8_product")
             patcher.run(model)
         patcher.swap_generate(model, decode_weights)
     except BaseException:
         if not was_patched:  # half a patch is worse than none
             unpatch(model)
         raise
+    for layer in replaced:
+        layer.release()
     return report
 
 
@@ -54,7 +77,7 @@ def unpatch(model: nn.Module) -> list[str]:
     """Undoes `patch` on this instance; returns remarks on what could only be switched off."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    remarks = set()
+    remarks = set(stored_base.restore(model))
     for module in model.modules():
         remark = undo(module)
         if remark is not None:

@@ -1,0 +1,36 @@
+// Products of integers for layers with frozen int8 weights, and the rounding of rows before them;
+// fastft/ops/int8_linear.py has the formulas. Torch-free.
+#pragma once
+
+#include "isa.h"
+
+namespace fastft {
+
+// Rows of any of the three types, times `columns` where there is one, as int8 with a scale each.
+struct RoundRows {
+  DType dtype;
+  int64_t rows, columns;
+  const void* x;  // rows contiguous
+  int64_t stride;
+  const float* factors;  // (columns) or null
+  int8_t* values;        // (rows, columns) contiguous
+  float* scale;          // (rows)
+};
+
+// y = (a b^T) a_scale b_scale + bias, or a b where b is transposed.
+struct Int8Product {
+  int64_t rows, inner, out;
+  const int8_t* a;        // (rows, inner) contiguous
+  const float* a_scale;   // (rows)
+  const int8_t* b;        // (out, inner), or (inner, out)
+  int64_t b_stride;
+  bool transposed;
+  const float* b_scale;   // (out) or null
+  const float* bias;      // (out) or null
+  float* y;               // (rows, out) contiguous
+};
+
+FASTFT_DECLARE(void round_rows(const RoundRows&))
+FASTFT_DECLARE(void int8_product(const Int8Product&))
+
+}  // namespace fastft

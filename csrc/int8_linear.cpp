@@ -1,0 +1,54 @@
+// Registers `round_rows` and `int8_product` for the CPU.
+#include "cpu/int8_product.h"
+
+#include "tensor.h"
+
+namespace fastft {
+namespace {
+
+const int8_t* bytes_of(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  check_rows(t, name, rows, columns);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Char, name, ": expected int8");
+  return static_cast<const int8_t*>(t.data_ptr());
+}
+
+std::tuple<Tensor, Tensor> round_rows(Tensor x, OptionalTensor factors) {
+  RoundRows r{};
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected shape (rows, columns)");
+  r.dtype = dtype_of(x, "x"), r.rows = x.size(0), r.columns = x.size(1);
+  check_rows(x, "x", r.rows, r.columns);
+  r.x = x.data_ptr(), r.stride = x.stride(0);
+  if (factors) r.factors = floats_of(*factors, "factors", r.columns);
+  Tensor values = torch::stable::new_empty(x, {r.rows, r.columns}, ScalarType::Char);
+  Tensor scale = empty_float(x, {r.rows});
+  r.values = static_cast<int8_t*>(values.data_ptr()), r.scale = static_cast<float*>(scale.data_ptr());
+  FASTFT_DISPATCH(round_rows(r));
+  return {values, scale};
+}
+
+Tensor int8_product(Tensor a, Tensor a_scale, Tensor b, OptionalTensor b_scale, OptionalTensor bias,
+                    bool transposed) {
+  Int8Product p{};
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a, b: expected two dimensions");
+  p.rows = a.size(0), p.inner = a.size(1), p.out = b.size(transposed ? 1 : 0);
+  p.a = bytes_of(a, "a", p.rows, p.inner);
+  STD_TORCH_CHECK(a.is_contiguous(), "a: expected a contiguous tensor");
+  p.b = bytes_of(b, "b", transposed ? p.inner : p.out, transposed ? p.out : p.inner);
+  p.b_stride = b.stride(0), p.transposed = transposed;
+  p.a_scale = floats_of(a_scale, "a_scale", p.rows);
+  if (b_scale) p.b_scale = floats_of(*b_scale, "b_scale", p.out);
+  if (bias) p.bias = floats_of(*bias, "bias", p.out);
+  Tensor y = empty_float(a, {p.rows, p.out});
+  p.y = static_cast<float*>(y.data_ptr());
+  FASTFT_DISPATCH(int8_product(p));
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
+  m.impl("round_rows", TORCH_BOX(&round_rows));
+  m.impl("int8_product", TORCH_BOX(&int8_product));
+}
+
+}  // namespace fastft

@@ -1,0 +1,117 @@
+"""int8_linear: a linear layer over a frozen int8 weight, its products of integers both ways.
+
+    y  = (X W^T) sx sw + bias          X, sx = round(x), a row at a time
+    dx = (G W) sg                      G, sg = round(dy * sw)
+
+    x (tokens, in), W (out, in) int8, sw (out, 1) float32: the layout "int8" of quantized_linear
+
+round(x) gives int8 numbers in [-127, 127] and a float32 scale per row, its largest size / 127 (the
+even one of two neighbours; a row of zeros has scale 0; NaN and infinity make the row's result NaN).
+The weight's scales are folded into dy before it is rounded, so that the backward product is one of
+integers too, with the weight as it lies. Sums are exact in 32 bits. Nothing of x is kept for
+backward: the weight is frozen. Dynamic per-token quantisation: Dettmers et al. 2022 (LLM.int8()),
+Yao et al. 2022 (ZeroQuant).
+
+On CPUs with VNNI PyTorch's own integer product (oneDNN) takes 4 int8 products where float32 takes
+one; on others it is slower than float32, and the kernel of csrc/cpu/int8_product.cpp takes 2.
+"""
+
+import torch
+from torch import Tensor
+
+from fastft.library import autocast_dtype, first_derivatives_only, operator, rows_of
+from fastft.ops.quantized_linear import QuantizedWeight
+
+_TINY = 127 * torch.finfo(torch.float32).tiny
+
+
+@operator("round_rows(Tensor x, Tensor? factors) -> (Tensor values, Tensor scale)")
+def _round_rows(x, factors):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide if factors is None else wide * factors
+    peak = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))
+    nan = (wide * 0).sum(1)
+    some = (peak > _TINY) & (nan == 0)
+    inverse = torch.where(some, 127 / peak, 0)
+    values = torch.where(some[:, None], wide * inverse[:, None], 0).round()
+    return values.to(torch.int8), (torch.where(some, peak / 127, 0) + nan).float()
+
+
+@operator(
+    "int8_product(Tensor a, Tensor a_scale, Tensor b, Tensor? b_scale, Tensor? bias,"
+    " bool transposed) -> Tensor"
+)
+def _int8_product(a, a_scale, b, b_scale, bias, transposed):
+    # In float64, which holds every sum exactly: PyTorch multiplies no integers on every device.
+    y = a.double() @ (b.double() if transposed else b.double().t())
+    y = y.float() * a_scale[:, None]
+    y = y if b_scale is None else y * b_scale
+    return y if bias is None else y + bias
+
+
+def _vnni() -> bool:
+    return torch.cpu._is_vnni_supported()
+
+
+def int8_product(
+    a: Tensor,  # (rows, inner) int8
+    a_scale: Tensor,  # (rows,) float32
+    b: Tensor,  # (out, inner) int8, or (inner, out) where transposed
+    b_scale: Tensor | None = None,  # (out,) float32
+    bias: Tensor | None = None,  # (out,) float32
+    transposed: bool = False,
+) -> Tensor:
+    """(a b^T) a_scale b_scale + bias, or a b: (rows, out) float32, from exact sums of integers."""
+    library = _vnni() if a.is_cpu else a.is_cuda and a.shape[0] > 16 and not a.shape[1] % 8
+    if not library or 0 in a.shape:
+        return _int8_product(a, a_scale, b, b_scale, bias, transposed)
+    y = torch._int_mm(a, b if transposed else b.t()).float().mul_(a_scale[:, None])
+    y = y if b_scale is None else y.mul_(b_scale)
+    return y if bias is None else y.add_(bias)
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, scale, bias):
+        rounded, row_scale = _round_rows(x, None)
+        ctx.save_for_backward(values, scale)
+        ctx.dtype = x.dtype
+        return int8_product(rounded, row_scale, values, scale, bias).to(x.dtype)
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx, dy):
+        values, scale = ctx.saved_tensors
+        dbias = dy.sum(0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, dbias
+        rounded, row_scale = _round_rows(rows_of(dy), scale)
+        dx = int8_product(rounded, row_scale, values, transposed=True).to(ctx.dtype)
+        return dx, None, None, dbias
+
+
+def int8_linear(
+    x: Tensor,  # (..., in)
+    weight: QuantizedWeight,  # (out, in)
+    bias: Tensor | None = None,  # (out,)
+) -> Tensor:
+    """x W^T + bias for x (..., in): (..., out) in x's dtype, with gradients of x and bias.
+
+    Under autocast x is cast to autocast's dtype. Raises: ValueError or TypeError that names the
+    argument; a weight with scales per group, or in four bits, is refused.
+    """
+    if weight.values.dtype is not torch.int8 or weight.scale.dtype is not torch.float32:
+        raise TypeError("weight: expected int8 values with a float32 scale per output channel")
+    out, inputs = weight.shape
+    if not x.is_floating_point() or x.dim() == 0:
+        raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
+    if x.shape[-1] != inputs:
+        raise ValueError(f"x: expected {inputs} inputs as the weight has, got {x.shape[-1]}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias: expected shape ({out},), got {tuple(bias.shape)}")
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype is not torch.float64:
+        x = x.to(dtype)
+    wide = None if bias is None else bias.float()
+    y = _Int8Linear.apply(rows_of(x), weight.values, weight.scale[:, 0], wide)
+    return y.view(*x.shape[:-1], out)

@@ -1,0 +1,147 @@
+"""int8_linear: exact products of integers, rounding as described, gradients, bits, bad input."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+from truth import assert_same_bits_for_any_threads
+
+from fastft.ops.int8_linear import _int8_product, _round_rows, int8_linear, int8_product
+from fastft.ops.quantized_linear import QuantizedWeight, dequantize, quantize
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def numbers(*shape):
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+def product_inputs(rows, inner, out, transposed, scaled=True):
+    b = numbers(inner, out) if transposed else numbers(out, inner)
+    extra = (torch.rand(out), torch.randn(out)) if scaled else (None, None)
+    return numbers(rows, inner), torch.rand(rows), b, *extra, transposed
+
+
+def exact(a, a_scale, b, b_scale, bias, transposed):
+    y = a.double() @ (b.double() if transposed else b.double().t()) * a_scale.double()[:, None]
+    y = y if b_scale is None else y * b_scale.double()
+    return y if bias is None else y + bias.double()
+
+
+@given(
+    st.integers(0, 140), st.integers(0, 100), st.integers(0, 80), st.booleans(), st.booleans()
+)  # fmt: skip
+def test_product_of_any_shape(rows, inner, out, transposed, scaled):
+    args = product_inputs(rows, inner, out, transposed, scaled)
+    y = _int8_product(*args)
+    assert y.shape == (rows, out) and y.dtype is torch.float32
+    torch.testing.assert_close(y.double(), exact(*args), rtol=1e-6, atol=1e-2)
+    torch.testing.assert_close(int8_product(*args), y, rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_are_exact(isa, transposed):
+    """The largest there are, and ones that float32 does not hold, before the scales."""
+    for rows, inner, out in [(130, 1536, 40), (3, 4096, 33), (2, 31, 5)]:
+        a, _, b, *_ = product_inputs(rows, inner, out, transposed)
+        a[0], b[:] = 127, torch.where(b < 0, -127, 127)
+        y = _int8_product(a, torch.ones(rows), b, None, None, transposed)
+        truth = a.double() @ (b.double() if transposed else b.double().t())
+        assert torch.equal(y, truth.float())
+
+
+def test_product_has_the_same_bits_for_any_threads(isa):
+    for transposed in (False, True):
+        args = product_inputs(150, 200, 70, transposed)
+        assert_same_bits_for_any_threads(lambda args=args: _int8_product(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", [False, True])
+def test_rounding(isa, dtype, factors):
+    for rows, columns in [(1, 1), (5, 33), (70, 576)]:
+        x = (torch.randn(rows, columns) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
+        times = torch.rand(columns) + 0.1 if factors else None
+        values, scale = _round_rows(x, times)
+        wide = x.double() * (1 if times is None else times.double())
+        torch.testing.assert_close(scale.double(), wide.abs().amax(1) / 127, rtol=2e-7, atol=0)
+        gap = (values.double() * scale.double()[:, None] - wide).abs()
+        assert bool((gap <= 0.50001 * scale[:, None]).all())
+        assert bool((values.abs().amax(1) == 127).all())
+        # Halves of a step may fall either way.
+        other = (values - _round_rows.reference(x, times)[0]).abs()
+        assert other.max() <= 1 and other.double().mean() < 0.02
+
+
+def test_rows_that_are_zero_or_not_finite(isa):
+    x = torch.randn(5, 40)
+    x[1], x[2, 7], x[3, 39] = 0, float("nan"), float("inf")
+    values, scale = _round_rows(x, None)
+    assert scale[1] == 0 and not values[1].any()
+    assert bool(scale[2:4].isnan().all()) and bool(scale[[0, 4]].isfinite().all())
+    weight = quantize(torch.randn(6, 40))
+    y = int8_linear(x, weight)
+    assert bool(y[2:4].isnan().all()) and bool((y[1] == 0).all())
+    assert bool(y[[0, 4]].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_and_gradients_against_the_formula(dtype, bias):
+    """y and dx in float64 from the rounded numbers, and near those of the exact layer."""
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(90, 64) * 0.1)
+    x = torch.randn(2, 33, 64).to(dtype).requires_grad_()
+    b = torch.randn(90, requires_grad=True) if bias else None
+    y = int8_linear(x, weight, b)
+    dy = torch.randn(2, 33, 90).to(dtype)
+    y.backward(dy)
+    assert y.dtype is dtype and x.grad.dtype is dtype
+    rows, sizes = _round_rows(x.detach().flatten(0, 1), None)
+    wide = rows.double() * sizes.double()[:, None]
+    truth = wide @ dequantize(weight, torch.float64).t() + (0 if b is None else b.double())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.flatten(0, 1).double(), truth, rtol=eps, atol=1e-5)
+    scale = weight.scale[:, 0]
+    grads, sizes = _round_rows(dy.flatten(0, 1), scale)
+    dx = (grads.double() * sizes.double()[:, None]) @ weight.values.double()
+    torch.testing.assert_close(x.grad.flatten(0, 1).double(), dx, rtol=eps, atol=1e-5)
+    exact_dx = dy.double() @ dequantize(weight, torch.float64)
+    assert (x.grad.double() - exact_dx).norm() < 0.02 * exact_dx.norm()
+    if bias:
+        torch.testing.assert_close(b.grad.double(), dy.double().sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_inputs_cost_no_product():
+    weight = quantize(torch.randn(8, 16))
+    bias = torch.zeros(8, requires_grad=True)
+    y = int8_linear(torch.randn(3, 16), weight, bias)
+    y.sum().backward()
+    assert torch.equal(bias.grad, torch.full((8,), 3.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert int8_linear(torch.randn(3, 16), weight).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(transposed):
+    opcheck(_int8_product.op, product_inputs(7, 20, 9, transposed))
+    opcheck(_round_rows.op, (torch.randn(7, 20), torch.rand(20)))
+
+
+def test_bad_input():
+    weight = quantize(torch.randn(8, 32))
+    with pytest.raises(ValueError, match="32 inputs"):
+        int8_linear(torch.randn(3, 31), weight)
+    with pytest.raises(TypeError, match="floating point"):
+        int8_linear(torch.ones(3, 32, dtype=torch.int64), weight)
+    with pytest.raises(ValueError, match="bias"):
+        int8_linear(torch.randn(3, 32), weight, torch.zeros(7))
+    for other in (quantize(torch.randn(8, 32), 4), QuantizedWeight(torch.randn(8, 32))):
+        with pytest.raises(TypeError, match="weight"):
+            int8_linear(torch.randn(3, 32), other)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        x = torch.randn(3, 32, requires_grad=True)
+        torch.autograd.grad(int8_linear(x, weight).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="b: expected shape"):
+        _int8_product(numbers(3, 32), torch.rand(3), numbers(8, 31), None, None, False)

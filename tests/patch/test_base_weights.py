@@ -1,0 +1,189 @@
+"""base_weights="int8": frozen layers of integers, trained through, saved, and given back."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import fastft
+from fastft.ops.quantized_linear import dequantize, quantize
+from fastft.patch.base_weights import FILE, Int8Linear
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def with_lora(model, **options):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
+    return get_peft_model(model, config)
+
+
+def batch(vocabulary=96):
+    ids = torch.randint(2, vocabulary, (3, 17))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()
+                           if p.grad is not None}  # fmt: skip
+
+
+def test_which_layers_and_what_they_hold():
+    model = with_lora(llama())
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    before = sum(p.numel() * p.element_size() for n, p in weights.items() if ".base_layer." in n)
+    report = fastft.patch(model, base_weights="int8")
+    held = {n: m for n, m in model.named_modules() if isinstance(m, Int8Linear)}
+    assert len(held) == 14 and all(n.endswith(".base_layer") for n in held)
+    assert report.count("int8_linear") == 14 and report.count("lora") == 14
+    for name, layer in held.items():
+        stored = quantize(weights[name + ".weight"])
+        assert torch.equal(layer.values, stored.values) and torch.equal(layer.scale, stored.scale)
+    now = sum(b.numel() * b.element_size() for m in held.values() for b in m.buffers())
+    assert before / now > 3.7
+    assert sum(p.numel() for n, p in model.named_parameters() if "base_layer" in n) == 0
+    again = fastft.patch(model, base_weights="int8")
+    assert again.count("int8_linear") == 0
+    assert {n for n, m in model.named_modules() if isinstance(m, Int8Linear)} == set(held)
+
+
+def test_gradients_are_those_of_the_numbers_within_rounding():
+    model, inputs = with_lora(llama()), batch()
+    twin = copy.deepcopy(model)
+    for name, module in twin.named_modules():
+        if name.endswith(".base_layer"):
+            module.weight.data = dequantize(quantize(module.weight))
+    fastft.patch(model, base_weights="int8")
+    loss, grads = gradients(model, inputs)
+    wanted, truth = gradients(twin, inputs)
+    assert set(grads) == set(truth)
+    assert float((loss - wanted).abs()) < 0.01 * float(wanted)
+    for name, grad in truth.items():
+        cosine = torch.nn.functional.cosine_similarity(grads[name].flatten(), grad.flatten(), 0)
+        assert cosine > 0.99, name
+
+
+@pytest.mark.parametrize("originals", [False, True])
+def test_unpatch_gives_the_weights_back(originals, tmp_path):
+    model = with_lora(llama())
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    order = [n for n, _ in model.named_parameters()]
+    fastft.patch(model, base_weights="int8", originals=tmp_path / "kept" if originals else None)
+    remarks = " ".join(fastft.unpatch(model))
+    assert [n for n, _ in model.named_parameters()] == order
+    for name, parameter in model.named_parameters():
+        kept = originals or ".base_layer." not in name
+        wanted = weights[name] if kept else dequantize(quantize(weights[name]))
+        assert torch.equal(parameter, wanted), name
+    assert ("as they were" in remarks) == originals
+    assert (tmp_path / "kept" / FILE).exists() == originals
+    merged = model.merge_and_unload()  # PEFT finds its weights again
+    assert not any(isinstance(m, Int8Linear) for m in merged.modules())
+
+
+def test_originals_read_from_a_checkpoint(tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path)
+    files = sorted(p.name for p in tmp_path.iterdir())
+    model = with_lora(base)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fastft.patch(model, base_weights="int8", originals=tmp_path)
+    fastft.unpatch(model)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
+    other = with_lora(llama())
+    other.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.data += 1
+    with pytest.raises(ValueError, match="another weight"):
+        fastft.patch(other, base_weights="int8", originals=tmp_path)
+    assert not any(isinstance(m, Int8Linear) for m in other.modules())
+    assert not any("_fastft_swap" in vars(m) for m in other.modules())
+
+
+def test_merging_and_reading_a_weight_are_refused():
+    model = with_lora(llama())
+    fastft.patch(model, base_weights="int8")
+    with pytest.raises(AttributeError, match="unpatch"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="base_weights"):
+        fastft.patch(llama(), base_weights="int3")
+
+
+def test_saved_models_are_ordinary(tmp_path):
+    model, inputs = with_lora(llama()), batch()
+    fastft.patch(model, base_weights="int8")
+    state = model.state_dict()
+    plain = with_lora(llama())
+    assert set(state) == set(plain.state_dict())
+    plain.load_state_dict(state)
+    fastft.patch(plain, base_weights="int8")
+    for one, other in zip(plain.modules(), model.modules(), strict=True):
+        if isinstance(one, Int8Linear):
+            assert torch.equal(one.values, other.values)
+            torch.testing.assert_close(one.scale, other.scale, rtol=2e-7, atol=0)
+    model.load_state_dict(state)
+    plain.eval(), model.eval()
+    assert torch.equal(plain(**inputs).logits, model(**inputs).logits)
+
+
+def train(model):
+    """Losses of some steps on one batch, with dropout."""
+    torch.manual_seed(2)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
+    inputs, losses = batch(), []
+    for _ in range(15):
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return torch.tensor(losses)
+
+
+def test_training_with_dropout_and_checkpointing():
+    model = with_lora(llama(), lora_dropout=0.1).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    wanted = train(copy.deepcopy(model))
+    fastft.patch(model, base_weights="int8")
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.1
+    torch.testing.assert_close(losses, wanted, rtol=0.02, atol=0)
+
+
+def test_scales_stay_float32():
+    model = with_lora(llama())
+    fastft.patch(model, base_weights="int8")
+    layer = next(m for m in model.modules() if isinstance(m, Int8Linear))
+    scale = layer.scale.clone()
+    model.half().float()
+    assert layer.values.dtype is torch.int8 and torch.equal(layer.scale, scale)
+
+
+def test_a_frozen_encoder_under_a_head_that_is_trained():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=60,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    model.bert.requires_grad_(False)
+    ids = torch.randint(2, 60, (4, 9))
+    wanted = model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss
+    fastft.patch(model, base_weights="int8")
+    held = [n for n, m in model.named_modules() if isinstance(m, Int8Linear)]
+    assert len(held) == 13 and "classifier" not in held
+    loss = model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss
+    loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0.02)
