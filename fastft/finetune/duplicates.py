@@ -94,11 +94,10 @@ def shingles(text: str, size: int) -> np.ndarray:
     codes = np.frombuffer(held.encode("utf-32-le"), np.uint32).astype(np.uint64)
     size = min(size, len(codes))
     count = len(codes) - size + 1
-    hashes = np.full(count, size, np.uint64)
+    hashes = np.zeros(count, np.uint64)
     for offset in range(size):
         hashes = (hashes ^ codes[offset : offset + count]) * MULTIPLIER  # wraps at 2^64
-        hashes ^= hashes >> np.uint64(29)
-    return np.unique(hashes >> np.uint64(32))
+    return np.unique(hashes >> np.uint64(32))  # only the upper half depends on all characters
 
 
 def _itself(shingle: int) -> int:

@@ -36,6 +36,7 @@ TEXTS = {
     "text-label": ("text",),
     "tokens": ("tokens",),
 }
+LABELS = {"text-label": ("label",), "tokens": ("tags",)}
 # Enough of them, and the row is of that format; the first that fits is taken.
 MARKS = {
     "alpaca": ("instruction", "output"),
@@ -59,7 +60,10 @@ SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system", "tool": "ob
 
 
 class Unfit(ValueError):
-    """A row that is not of its format, or that the format asked for has no place for."""
+    """A row that is not of its format, or that the format asked for has no place for.
+
+    Its message is one of few, with nothing of the row in it: rows are counted by it.
+    """
 
 
 def detect(rows: Iterable[Row]) -> str:
@@ -131,7 +135,7 @@ def check(row: Row, format: str) -> None:
         if not all(isinstance(token, str) for token in row["tokens"]):
             raise Unfit("a token is not a text")
         if len(row["tokens"]) != len(row["tags"]):
-            raise Unfit(f"{len(row['tokens'])} tokens but {len(row['tags'])} tags")
+            raise Unfit("not as many tags as tokens")
     else:
         _text(row["text"], "text")
         if format == "text-label":
@@ -176,17 +180,23 @@ def labels_of(row: Row, format: str) -> tuple:
 def map_texts(row: Row, format: str, function: Callable[[str], str]) -> Row:
     """row with function applied to each of its texts; labels, tags and roles stay."""
 
-    def mapped(value: Any) -> Any:
-        if isinstance(value, str):
-            return function(value)
-        if isinstance(value, list):
-            return [mapped(one) for one in value]
-        if isinstance(value, dict):  # a turn
-            texts = ("content", "value")
-            return {k: mapped(v) if k in texts else v for k, v in value.items()}
-        return value
+    return row | {n: _mapped(row[n], function) for n in TEXTS[format] if n in row}
 
-    return row | {name: mapped(row[name]) for name in TEXTS[format] if name in row}
+
+def map_labels(row: Row, format: str, function: Callable[[str], str]) -> Row:
+    """row with function applied to its label, or to each of its labels or tags, that is a name."""
+    return row | {n: _mapped(row[n], function) for n in LABELS.get(format, ()) if n in row}
+
+
+def _mapped(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, list):
+        return [_mapped(one, function) for one in value]
+    if isinstance(value, dict):  # a turn
+        texts = ("content", "value")
+        return {k: _mapped(v, function) if k in texts else v for k, v in value.items()}
+    return value
 
 
 def _text(value: Any, name: str) -> str:
@@ -200,7 +210,7 @@ def _check_label(label: Any) -> None:
         raise Unfit("no label")
     for one in label if isinstance(label, list) else [label]:
         if not isinstance(one, str | int | float):
-            raise Unfit(f"a label is neither a name nor a number: {one!r}")
+            raise Unfit("a label is neither a name nor a number")
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:
@@ -220,7 +230,7 @@ def _turns(value: Any) -> list[dict[str, Any]]:
             raise Unfit("a turn is not an object")
         role = turn.get("role") or turn.get("from")
         if role not in ROLES:
-            raise Unfit(f"a turn of {role!r}: expected one of {', '.join(ROLES)}")
+            raise Unfit(f"a turn of none of {', '.join(ROLES)}")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         if content is None and turn.get("tool_calls"):
             content = ""

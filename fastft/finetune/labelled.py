@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+from fastft.finetune import reading
 from fastft.finetune.data import shuffled
 
 SENTIMENTS = ("negative", "positive")
@@ -27,14 +28,5 @@ def read_reviews(path: Path, source: str, held_out: int, seed: int = 0) -> tuple
 
 
 def read_conll(path: Path) -> list[tuple[list[str], list[str]]]:
-    """Sentences, (words, tags): a word a line, its tag last, a blank line between sentences."""
-    sentences, words, tags = [], [], []
-    for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
-        fields = line.split()
-        if fields and fields[0] != "-DOCSTART-":
-            words.append(fields[0])
-            tags.append(fields[-1])
-        elif words:
-            sentences.append((words, tags))
-            words, tags = [], []
-    return sentences
+    """Sentences, (words, tags), of a CoNLL file."""
+    return [(row["tokens"], row["tags"]) for row in reading.conll(path)]

@@ -63,7 +63,7 @@ def text(metrics: dict[str, Any], output: Path) -> str:
         rows.append((f"characters, {what}", *values))
     for label in labels[:BARS]:
         shares = ((held["labels"].get(label, 0), held["rows"]) for held in splits.values())
-        rows.append((f"label {label}", *(f"{n} ({n / of:.1%})" for n, of in shares)))
+        rows.append((f"label {_short(label, 40)}", *(f"{n} ({n / of:.1%})" for n, of in shares)))
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     lines += [""]
     for name, *values in rows:
@@ -74,6 +74,10 @@ def text(metrics: dict[str, Any], output: Path) -> str:
     lines += ["", f"{output}/: {', '.join(f'{n}.jsonl' for n in splits)}, dropped.jsonl (each row"]
     lines[-1] += " dropped, and why), metrics.json, overview.png"
     return "\n".join(lines)
+
+
+def _short(label: str, most: int) -> str:
+    return " ".join(label.split())[:most]
 
 
 def plot(metrics: dict[str, Any], lengths, splits: Sequence[str], path: Path) -> None:
@@ -97,7 +101,8 @@ def plot(metrics: dict[str, Any], lengths, splits: Sequence[str], path: Path) ->
             shares = [one["labels"].get(label, 0) / one["rows"] for label in labels]
             places = np.arange(len(labels)) + (number - (len(held) - 1) / 2) * 0.8 / len(held)
             axes.bar(places, shares, 0.8 / len(held))  # in the colors of the lengths
-        axes.set_xticks(range(len(labels)), [label[:20] for label in labels])
+        names = [_short(label, 20) for label in labels]
+        axes.set_xticks(range(len(labels)), names, parse_math=False)
         axes.tick_params("x", rotation=30 if len(labels) > 6 else 0)
         axes.set_ylabel("share of the split's rows with a label")
     if metrics["dropped"]:

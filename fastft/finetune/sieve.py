@@ -78,6 +78,7 @@ class Sieve:
         try:
             row = formats.convert_row(row, target, self._rules.source)
             row = formats.map_texts(row, target, self._clean)
+            row = formats.map_labels(row, target, self._clean)
             formats.check(row, target)
         except formats.Unfit as why:
             raise Drop(str(why)) from None

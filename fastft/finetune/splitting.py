@@ -35,7 +35,7 @@ def split(strata: Sequence[Hashable], shares: Mapping[str, float], seed: int) ->
         ideal = {stratum: share * size for stratum, size in sizes.items()}
         taken = {s: min(int(ideal[s]), len(left[s]) - 1) for s in left}
         by_remainder = sorted(left, key=lambda s: int(ideal[s]) - ideal[s])
-        while missing := wanted - sum(taken.values()):
+        while (missing := wanted - sum(taken.values())) > 0:
             able = [s for s in by_remainder if taken[s] < len(left[s]) - 1]
             if not able:
                 break

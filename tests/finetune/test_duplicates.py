@@ -9,7 +9,7 @@ from fastft.finetune.duplicates import Duplicates, Match, Near, shingles
 
 def words(count, seed):
     draw = random.Random(seed)
-    return [f"word{draw.randrange(5000)}" for _ in range(count)]
+    return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(count)]
 
 
 def test_exact_alone():
@@ -55,11 +55,13 @@ def test_found_are_those_above_the_threshold(threshold):
     assert 0 < found < 15
 
 
-def test_the_nearest_is_named():
-    seen, held = Duplicates(Near(0.5)), words(60, 0)
-    assert seen.find(" ".join(words(30, 1) + held[30:]), 0) is None
-    assert seen.find(" ".join(held), 1) is None
-    assert seen.find(" ".join(held[:59]), 2) == Match("near duplicate", 1)
+def test_of_all_candidates_the_nearest_if_it_is_near_enough():
+    seen, held = Duplicates(Near(0.45)), words(90, 0)
+    seen._index.query = lambda signature: list(seen._signatures)  # as if all were candidates
+    assert seen.find(" ".join(held[:60]), 0) is None
+    assert seen.find(" ".join(held[30:]), 1) is None  # a third of it
+    assert seen.find(" ".join(held[22:82]), 2) == Match("near duplicate", 1)
+    assert seen.find(" ".join(held[8:68]), 3) == Match("near duplicate", 0)
 
 
 @pytest.mark.parametrize("text", ["", " ", "a", "abcd", "abcde"])

@@ -92,13 +92,17 @@ def test_what_turns_have_besides():
         ({"messages": TURNS[:1]}, "messages", "no answer"),
         ({"messages": []}, "messages", "turns are not a list"),
         ({"messages": ["hello"]}, "messages", "a turn is not an object"),
-        ({"messages": [{"role": "alien", "content": "x"}]}, "messages", "a turn of 'alien'"),
+        (
+            {"messages": [{"role": "alien", "content": "x"}]},
+            "messages",
+            "a turn of none of",
+        ),
         ({"text": 5}, "text", "text is not a text"),
         ({"text": "a", "label": None}, "text-label", "no label"),
         ({"text": "a", "label": ""}, "text-label", "no label"),
-        ({"text": "a", "label": ["x", None]}, "text-label", "neither a name nor a number: None"),
+        ({"text": "a", "label": ["x", None]}, "text-label", "neither a name nor a number"),
         ({"tokens": ["a"], "tags": []}, "tokens", "not lists of words"),
-        ({"tokens": ["a"], "tags": ["O", "O"]}, "tokens", "1 tokens but 2 tags"),
+        ({"tokens": ["a"], "tags": ["O", "O"]}, "tokens", "not as many tags as tokens"),
         ({"tokens": [None], "tags": ["O"]}, "tokens", "a token is not a text"),
     ],
 )
@@ -141,3 +145,12 @@ def test_texts_are_mapped_and_nothing_else(format):
     assert loud["note"] == "kept"
     if format == "messages":
         assert [turn["role"] for turn in loud["messages"]] == ["user", "assistant"]
+
+
+def test_labels_are_mapped_and_nothing_else():
+    for label, expected in (("a", "A"), (["a", 1], ["A", 1]), (5, 5)):
+        row = formats.map_labels({"text": "a", "label": label}, "text-label", str.upper)
+        assert row == {"text": "a", "label": expected}
+    row = formats.map_labels(ROWS["tokens"] | {"tags": ["b-x", "o"]}, "tokens", str.upper)
+    assert row == {"tokens": ["EU", "rejects"], "tags": ["B-X", "O"]}
+    assert formats.map_labels(ROWS["messages"], "messages", str.upper) == ROWS["messages"]

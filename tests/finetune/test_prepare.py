@@ -149,7 +149,7 @@ def test_tokens_are_stratified_by_entity(tmp_path):
     rows = []
     for i, text in enumerate(TEXTS):
         tag = "B-LOC" if i % 10 == 0 else "O"
-        rows.append({"words": [*text.split(), "\u200b"], "ner": [tag, "O", "I-PER", "O"], "id": i})
+        rows.append({"words": [*text.split(), "\u00a0"], "ner": [tag, "O", "I-PER", "O"], "id": i})
     data = save(tmp_path / "raw.jsonl", rows)
     config = PrepareConfig(
         data=data,
@@ -163,6 +163,18 @@ def test_tokens_are_stratified_by_entity(tmp_path):
     assert held["test"] == {"PER": 10, "LOC": 1} and held["train"] == {"PER": 80, "LOC": 8}
     row = lines(made.folder / "train.jsonl")[0]
     assert set(row) == {"tokens", "tags", "id"} and len(row["tokens"]) == len(row["tags"]) == 4
+    assert row["tokens"][3]  # not stripped to nothing: tokenizers lose empty words
+
+
+def test_labels_are_cleaned_and_shown_as_they_are(tmp_path, capsys):
+    labels = [" $\\frac$", "$\\frac$\n", "half \ud83d"]
+    rows = [{"text": text, "label": labels[i % 3]} for i, text in enumerate(TEXTS[:9])]
+    data = save(tmp_path / "raw.jsonl", [*rows, {"text": "\ud83d", "label": ""}])
+    made = prepare(PrepareConfig(data=data, output=str(tmp_path / "made")))
+    assert made.metrics["splits"]["train"]["labels"] == {"$\\frac$": 4, "half �": 3}
+    (dropped,) = lines(made.folder / "dropped.jsonl")
+    assert dropped["reason"] == "no label" and '"text": "?"' in dropped["text"]
+    assert "label $\\frac$" in capsys.readouterr().out
 
 
 def test_paragraphs_of_a_text_file(tmp_path):

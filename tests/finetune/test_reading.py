@@ -144,6 +144,14 @@ def test_bad_files_are_a_sentence(tmp_path, name, content, message):
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+def test_a_bad_byte_after_characters_in_pieces(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(reading, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes("é€\n😀".encode() + b"\xe9 x")
+    with pytest.raises(UserError, match=r"not UTF-8 at byte 10 \(line 2\)"):
+        reading.rows(tmp_path / "a.txt")
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         reading.rows(tmp_path / "none.csv")

@@ -25,6 +25,11 @@ def test_many_small_labels_give_a_split_of_its_size():
     assert {i // 3 for i, name in enumerate(found) if name == "train"} == set(range(100))
 
 
+def test_every_label_is_left_in_train():
+    found = split([i // 3 for i in range(300)], {"validation": 0.45, "test": 0.45}, 0)
+    assert {i // 3 for i, name in enumerate(found) if name == "train"} == set(range(100))
+
+
 def test_one_of_a_label_stays_in_train():
     found = split([*range(20), *["many"] * 80], {"test": 0.5}, 0)
     assert found[:20] == ["train"] * 20 and found.count("test") == 50
