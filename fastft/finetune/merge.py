@@ -132,7 +132,7 @@ def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
         raise UserError(f"names: expected different ones, got {', '.join(names)}")
     settings = [methods.read_settings(folder) for folder in folders]
     for key in ("base_model_name_or_path", "peft_type", "task_type"):
-        if len(held := {str(one.get(key)) for one in settings}) > 1:
+        if len(held := dict.fromkeys(str(one.get(key)) for one in settings)) > 1:
             raise UserError(f"adapter: expected the same {key} in all, got {', '.join(held)}")
     if settings[0]["peft_type"] == methods.adapter.KIND:
         raise UserError(f"{folders[0]}: a model takes one bottleneck adapter at a time")

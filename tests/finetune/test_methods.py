@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import encoders
 import models
@@ -43,7 +44,8 @@ CASES = [
     for name in ("bert", "gpt2", "llama")
     for task in ("classify", "ner", "lm")
     for method in methods.METHODS
-    if methods.fits(method, task) is None
+    if method != "qlora"
+    and methods.fits(method, task) is None
     and not (name == "bert" and task == "lm")
     and not (name == "llama" and method == "bitfit")  # it has no biases
     and not (name != "bert" and task == "classify" and method == "prompt")
@@ -301,6 +303,41 @@ def test_an_adapter_of_peft_that_fits_in_part_is_refused(tmp_path):
     save_file(held, path)
     with pytest.raises(UserError, match="not an adapter of this model"):
         methods.load(models.causal_lm("llama", num_hidden_layers=1), tmp_path)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_an_adapter_s_config_says_nothing_of_a_quantisation_while_loading(tmp_path, before):
+    model = methods.apply(model_of("llama", "lm"), settings("adapter"), "lm")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model.hf_quantizer = SimpleNamespace(pre_quantized=before)
+    methods.save(model, tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert ("quantization_config" in saved) == before and hasattr(
+        model.config, "quantization_config"
+    )
+
+
+def test_qlora_where_bitsandbytes_is(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from fastft.finetune import loading
+
+    base = models.causal_lm("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    base.save_pretrained(tmp_path / "base")
+    model = loading.load_model(tmp_path / "base", "lm", quantize=True)
+    model = methods.apply(model, settings("qlora"), "lm")
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name, _ in trained)
+    optimizer = torch.optim.AdamW([p for _, p in trained], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(gradients(model, batch_of("lm"))[0])
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.05
+    methods.save(model, tmp_path / "adapter")
+    other = loading.load_model(tmp_path / "base", "lm", quantize=True)
+    loaded = methods.load(other, tmp_path / "adapter").eval()
+    batch = batch_of("lm")
+    assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_a_hostile_adapter_is_not_loaded(tmp_path):

@@ -10,6 +10,7 @@ Every method trains a classifier's head beside its own parameters. `full`, `top-
 give the model itself, saved whole; the others are saved as adapters: `save` and `load` here.
 """
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -140,7 +141,12 @@ def save(model: nn.Module, folder: str | Path) -> None:
     else:
         model.save_pretrained(folder)
     if is_adapter(model):
-        model.config.save_pretrained(folder)
+        config = copy.deepcopy(model.config)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.pre_quantized:
+            # It was quantised in loading: its checkpoint is not, and goes on to be loaded whole.
+            vars(config).pop("quantization_config", None)
+        config.save_pretrained(folder)
 
 
 def load(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
