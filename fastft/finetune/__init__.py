@@ -7,6 +7,18 @@ Every command is a function here: `fastft.finetune.train(TrainConfig(...))`.
 # it is first imported, so importing the functions now settles it for good. That is cheap: the
 # modules of commands import the libraries they need when they run.
 from fastft.finetune.errors import UserError, need
+from fastft.finetune.merge import MergeConfig, merge
+from fastft.finetune.prepare import PrepareConfig, prepare
 from fastft.finetune.train import RunResult, TrainConfig, train
 
-__all__ = ["RunResult", "TrainConfig", "UserError", "need", "train"]
+__all__ = [
+    "MergeConfig",
+    "PrepareConfig",
+    "RunResult",
+    "TrainConfig",
+    "UserError",
+    "merge",
+    "need",
+    "prepare",
+    "train",
+]
