@@ -142,7 +142,7 @@ def test_patched_and_not_are_the_same_run(config, tmp_path):
 
 @pytest.mark.parametrize("task", ["classify", "ner", "lm"])
 def test_accumulated_batches_are_one_batch(config, tmp_path, task):
-    usual = {"steps": 3, "dropout": 0.0}
+    usual = {"steps": 3, "dropout": 0.0, "patch": False}  # fastft's own heads count rightly
     whole = train(config(task, batch_size=24, **usual))
     parts = {"batch_size": 6, "gradient_accumulation": 4, "output": str(tmp_path / "parts")}
     parts = train(config(task, **usual, **parts))
@@ -193,7 +193,7 @@ def test_an_interruption_keeps_the_step(config, monkeypatch, capsys):
 
     def interrupted(self, *args, **options):
         count.append(0)
-        if len(count) == 3:
+        if len(count) == 2:  # of 3 in an epoch
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args, **options)
 
@@ -203,7 +203,7 @@ def test_an_interruption_keeps_the_step(config, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             train(run)
     folder = RunFolder(run.output)
-    assert folder.last_checkpoint().name == "checkpoint-3" and not folder.finished
+    assert folder.last_checkpoint().name == "checkpoint-2" and not folder.finished
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(UserError, match="no trained model yet"):
         loading.load_model(run.output, "classify")
