@@ -7,16 +7,26 @@ Every command is a function here: `fastft.finetune.train(TrainConfig(...))`.
 # it is first imported, so importing the functions now settles it for good. That is cheap: the
 # modules of commands import the libraries they need when they run.
 from fastft.finetune.errors import UserError, need
-from fastft.finetune.merge import MergeConfig, merge
-from fastft.finetune.prepare import PrepareConfig, prepare
+from fastft.finetune.evaluate import EvaluateConfig, EvaluateResult, evaluate
+from fastft.finetune.generating import GenerateConfig, GenerateResult, generate
+from fastft.finetune.merge import MergeConfig, MergeResult, merge
+from fastft.finetune.prepare import PrepareConfig, PrepareResult, prepare
 from fastft.finetune.train import RunResult, TrainConfig, train
 
 __all__ = [
+    "EvaluateConfig",
+    "EvaluateResult",
+    "GenerateConfig",
+    "GenerateResult",
     "MergeConfig",
+    "MergeResult",
     "PrepareConfig",
+    "PrepareResult",
     "RunResult",
     "TrainConfig",
     "UserError",
+    "evaluate",
+    "generate",
     "merge",
     "need",
     "prepare",
