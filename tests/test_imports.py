@@ -73,8 +73,9 @@ def python(code: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_import_is_light():
-    code = f"import sys, fastft; print([m for m in {HEAVY} if m in sys.modules])"
+@pytest.mark.parametrize("module", ["fastft", "fastft.finetune"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
     assert python(code).strip() == "[]"
 
 
@@ -109,3 +110,15 @@ def test_patch_is_the_function_whatever_was_imported_first(first):
         "print([n for n in fastft.__all__ if n != 'losses' and not callable(getattr(fastft, n))])"
     )
     assert python(code).strip() == "[]"
+
+
+def test_commands_are_functions_whatever_was_imported_first():
+    code = (
+        "import importlib, types; importlib.import_module('fastft.finetune.train')\n"
+        "import fastft.finetune as finetune\n"
+        "from fastft.cli import CONFIGURED\n"
+        "for module, _, function, _ in CONFIGURED.values():\n"
+        "    importlib.import_module(module)\n"
+        "    if not isinstance(getattr(finetune, function), types.FunctionType): print(function)"
+    )
+    assert python(code).strip() == ""

@@ -16,7 +16,7 @@ def test_two_processes_are_one(tmp_path):
     tiny.save_encoder(tmp_path / "encoder")
     tiny.save_model(tmp_path / "decoder")
     tiny.save_rows(tmp_path / "rows.jsonl", tiny.labelled())
-    tiny.save_data(tmp_path / "sft.json")
+    tiny.save_data(tmp_path / "sft.json", count=16)  # whole batches for either
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, two_processes.__file__, str(tmp_path)],

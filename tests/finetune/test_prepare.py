@@ -2,15 +2,17 @@
 
 import errno
 import hashlib
+import importlib
 import json
 
 import pytest
 
 from fastft import cli
 from fastft.finetune import UserError, prepare_report, reading
-from fastft.finetune import prepare as module
 from fastft.finetune.prepare import PrepareConfig, prepare
 
+# The package's own name for it is the function's.
+module = importlib.import_module("fastft.finetune.prepare")
 WORDS = "red green blue black white brown pink gray gold tan".split()
 NUMBERS = "one two three four five six seven eight nine ten".split()
 # 100 texts of which none is near another: each pair of words, each said another way.

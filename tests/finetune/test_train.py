@@ -11,52 +11,8 @@ import torch
 import yaml
 from finetune import tiny
 
-from fastft import cli
-from fastft.finetune import TrainConfig, UserError, loading, methods, train, trainer
+from fastft.finetune import UserError, loading, methods, train, trainer
 from fastft.finetune.run_folder import RunFolder
-
-TASKS = {
-    "classify": ("encoder", tiny.labelled),
-    "ner": ("encoder", tiny.tagged),
-    "lm": ("decoder", tiny.texts),
-    "sft": ("decoder", None),
-}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
-    tiny.save_encoder(folder / "encoder")
-    tiny.save_model(folder / "decoder")
-    for task, (_, rows) in TASKS.items():
-        if rows is not None:
-            tiny.save_rows(folder / f"{task}.jsonl", rows())
-    tiny.save_data(folder / "sft.json")
-    return folder
-
-
-@pytest.fixture
-def config(shared, tmp_path):
-    """config(task, **settings): a short run whose every step sees all of the data."""
-
-    def make(task: str, **settings) -> TrainConfig:
-        data = next(shared.glob(f"{task}.json*"))
-        usual = {
-            "model": str(shared / TASKS[task][0]),
-            "data": str(data),
-            "output": str(tmp_path / "run"),
-            "validation": 0.0,
-            "steps": 12,
-            "batch_size": 32,
-            "max_length": 32,
-            "logging_steps": 1,
-            "bottleneck": 8,
-            "virtual_tokens": 4,
-            "top_layers": 1,
-        }
-        return TrainConfig(task=task, **usual | settings)
-
-    return make
 
 
 def losses(folder) -> list[float]:
@@ -69,8 +25,9 @@ def weights(folder) -> dict:
     return load_file(next(folder.glob("model/*.safetensors")))
 
 
-# Every method by every task, without the command, is tested in test_methods.py.
-RUNS = [("classify", method) for method in methods.METHODS if method != "qlora"]
+# Every method by every task, without the command, is tested in test_methods.py. A prompt before a
+# random frozen encoder says too little of the text in the place that is classified.
+RUNS = [("classify", method) for method in methods.METHODS if method not in ("qlora", "prompt")]
 RUNS += [(task, method) for task in ("ner", "lm", "sft") for method in ("full", "lora")]
 RUNS += [("sft", "prompt"), ("lm", "adapter")]
 
@@ -141,7 +98,7 @@ def test_patched_and_not_are_the_same_run(config, tmp_path):
 
 @pytest.mark.parametrize("task", ["classify", "ner", "lm"])
 def test_accumulated_batches_are_one_batch(config, tmp_path, task):
-    usual = {"steps": 3, "dropout": 0.0}
+    usual = {"steps": 3, "dropout": 0.0, "patch": False}  # fastft's own heads count rightly
     whole = train(config(task, batch_size=24, **usual))
     parts = {"batch_size": 6, "gradient_accumulation": 4, "output": str(tmp_path / "parts")}
     parts = train(config(task, **usual, **parts))
@@ -192,17 +149,17 @@ def test_an_interruption_keeps_the_step(config, monkeypatch, capsys):
 
     def interrupted(self, *args, **options):
         count.append(0)
-        if len(count) == 3:
+        if len(count) == 2:  # of 3 in an epoch
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args, **options)
 
-    run = config("classify", batch_size=8)
+    run = config("classify", batch_size=8, evaluate_every=10)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     folder = RunFolder(run.output)
-    assert folder.last_checkpoint().name == "checkpoint-3" and not folder.finished
+    assert folder.last_checkpoint().name == "checkpoint-2" and not folder.finished
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(UserError, match="no trained model yet"):
         loading.load_model(run.output, "classify")
@@ -318,72 +275,3 @@ def test_several_labels(config, tmp_path):
 
     kind = AutoConfig.from_pretrained(result.model).problem_type
     assert kind == "multi_label_classification"
-
-
-def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
-    """What a user may get wrong: the settings, and words of the sentence."""
-
-    def rows(name, held):
-        return str(tiny.save_rows(tmp_path / name, held))
-
-    good, bad = {"text": "word1", "label": "good"}, {"text": "word2", "label": "bad"}
-    return {
-        "no file": ({"data": str(tmp_path / "none.csv")}, "no such file"),
-        "no column": ({"text_column": "txt"}, "no column 'txt'; did you mean 'text'"),
-        "no label column": ({"label_column": "lable"}, "did you mean 'label'"),
-        "one class": ({"data": rows("one.jsonl", [good] * 5)}, "nothing to tell apart"),
-        "no label": ({"data": rows("x.jsonl", [good, {"text": "a"}, bad])}, "row 1: no label"),
-        "no text": ({"data": rows("t.jsonl", [good, bad | {"text": None}])}, "row 1"),
-        "unseen label": (
-            {"validation_data": rows("v.jsonl", [good, good | {"label": "fine"}])},
-            "validation: row 1: the label 'fine' is not one of bad, good",
-        ),
-        "lists of labels": (
-            {"data": rows("l.jsonl", [{"text": "a", "label": ["x", "y"]}] * 3)}, "multi_label",
-        ),
-        "too long": ({"max_length": 65}, "more than the model's 64"),
-        "no validation": ({"early_stopping": 1}, "no validation data to stop by"),
-        "few rows": ({"folds": 13}, "the label 'bad' has 12 rows"),
-        "no model": ({"model": str(tmp_path / "nothing")}, "no such folder"),
-        "a file": ({"model": str(shared / "classify.jsonl")}, "a file"),
-        "no such method here": ({"task": "ner", "method": "prompt"}, "does not fit"),
-        "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
-    }  # fmt: skip
-
-
-def test_mistakes_are_one_sentence_and_leave_nothing(config, shared, tmp_path, capsys):
-    for name, (settings, words) in wrong(shared, tmp_path).items():
-        if name == "half on the CPU" and torch.accelerator.is_available():
-            continue
-        run = config("classify", **{k: v for k, v in settings.items() if k != "task"})
-        run = replace(run, task=settings.get("task", "classify"))
-        with pytest.raises(UserError) as raised:
-            train(run)
-        assert words in str(raised.value), name
-        assert "\n" not in str(raised.value), name
-        assert not (tmp_path / "run").exists(), name
-
-
-def test_a_run_is_not_written_over(config, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
-        train(config("classify"))
-    with pytest.raises(UserError, match="no run to resume"):
-        train(config("classify", resume=True))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
-
-
-def test_the_command(shared, tmp_path, capsys):
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(
-        f"model: {shared / 'encoder'}\ndata: {shared / 'classify.jsonl'}\n"
-        "task: classify\nsteps: 2\n"
-    )
-    output = tmp_path / "out"
-    assert cli.main(["train", str(settings), "--output", str(output), "--seed", "4"]) == 0
-    assert json.loads((output / "metrics.json").read_text())["seed"] == 4
-    shown = capsys.readouterr().out
-    assert "f1_macro" in shown and "2 steps" in shown
-    assert cli.main(["train", str(settings), "--output", str(output)]) == 2
-    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""What a user of fastft train may get wrong: one sentence, exit code 2, nothing left behind."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from finetune import tiny
+
+from fastft import cli
+from fastft.finetune import UserError, train
+
+
+def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
+    """What a user may get wrong: the settings, and words of the sentence."""
+
+    def rows(name, held):
+        return str(tiny.save_rows(tmp_path / name, held))
+
+    good, bad = {"text": "word1", "label": "good"}, {"text": "word2", "label": "bad"}
+    return {
+        "no file": ({"data": str(tmp_path / "none.csv")}, "no such file"),
+        "no column": ({"text_column": "txt"}, "no column 'txt'; did you mean 'text'"),
+        "no label column": ({"label_column": "lable"}, "did you mean 'label'"),
+        "one class": ({"data": rows("one.jsonl", [good] * 5)}, "nothing to tell apart"),
+        "no label": ({"data": rows("x.jsonl", [good, {"text": "a"}, bad])}, "row 1: no label"),
+        "no text": ({"data": rows("t.jsonl", [good, bad | {"text": None}])}, "row 1"),
+        "unseen label": (
+            {"validation_data": rows("v.jsonl", [good, good | {"label": "fine"}])},
+            "validation: row 1: the label 'fine' is not one of bad, good",
+        ),
+        "lists of labels": (
+            {"data": rows("l.jsonl", [{"text": "a", "label": ["x", "y"]}] * 3)}, "multi_label",
+        ),
+        "too long": ({"max_length": 65}, "more than the model's 64"),
+        "no validation": ({"early_stopping": 1}, "no validation data to stop by"),
+        "few rows": ({"folds": 13}, "the label 'bad' has 12 rows"),
+        "no model": ({"model": str(tmp_path / "nothing")}, "no such folder"),
+        "a file": ({"model": str(shared / "classify.jsonl")}, "a file"),
+        "no such method here": ({"task": "ner", "method": "prompt"}, "does not fit"),
+        "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
+    }  # fmt: skip
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(config, shared, tmp_path, capsys):
+    for name, (settings, words) in wrong(shared, tmp_path).items():
+        if name == "half on the CPU" and torch.accelerator.is_available():
+            continue
+        run = config("classify", **{k: v for k, v in settings.items() if k != "task"})
+        run = replace(run, task=settings.get("task", "classify"))
+        with pytest.raises(UserError) as raised:
+            train(run)
+        assert words in str(raised.value), name
+        assert "\n" not in str(raised.value), name
+        assert not (tmp_path / "run").exists(), name
+
+
+def test_a_run_is_not_written_over(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        train(config("classify"))
+    with pytest.raises(UserError, match="no run to resume"):
+        train(config("classify", resume=True))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_the_command(shared, tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        f"model: {shared / 'encoder'}\ndata: {shared / 'classify.jsonl'}\n"
+        "task: classify\nsteps: 2\n"
+    )
+    output = tmp_path / "out"
+    assert cli.main(["train", str(settings), "--output", str(output), "--seed", "4"]) == 0
+    assert json.loads((output / "metrics.json").read_text())["seed"] == 4
+    shown = capsys.readouterr().out
+    assert "f1_macro" in shown and "2 steps" in shown
+    assert cli.main(["train", str(settings), "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
