@@ -21,6 +21,18 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "train",
         "fine-tune a model: classify, ner, lm or sft, by any of ten methods",
     ),
+    "evaluate": (
+        "fastft.finetune.evaluate",
+        "EvaluateConfig",
+        "evaluate",
+        "measure models on data, side by side; or by prompts, without training",
+    ),
+    "generate": (
+        "fastft.finetune.generating",
+        "GenerateConfig",
+        "generate",
+        "continue prompts, by templates and examples, into jsonl",
+    ),
     "merge": (
         "fastft.finetune.merge",
         "MergeConfig",

@@ -7,6 +7,20 @@ Every command is a function here: `fastft.finetune.train(TrainConfig(...))`.
 # it is first imported, so importing the functions now settles it for good. That is cheap: the
 # modules of commands import the libraries they need when they run.
 from fastft.finetune.errors import UserError, need
+from fastft.finetune.evaluate import EvaluateConfig, EvaluateResult, evaluate
+from fastft.finetune.generating import GenerateConfig, GenerateResult, generate
 from fastft.finetune.train import RunResult, TrainConfig, train
 
-__all__ = ["RunResult", "TrainConfig", "UserError", "need", "train"]
+__all__ = [
+    "EvaluateConfig",
+    "EvaluateResult",
+    "GenerateConfig",
+    "GenerateResult",
+    "RunResult",
+    "TrainConfig",
+    "UserError",
+    "evaluate",
+    "generate",
+    "need",
+    "train",
+]

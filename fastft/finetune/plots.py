@@ -69,16 +69,22 @@ def lengths(
     _save(figure, path)
 
 
-def forgetting(matrix: Sequence[Sequence[float]], names: Sequence[str], path: Path) -> None:
+def forgetting(
+    matrix: Sequence[Sequence[float]],
+    names: Sequence[str],
+    path: Path,
+    models: Sequence[str] | None = None,
+) -> None:
     """What a model still knows: matrix[i][j] is its score on data j after training on data i.
 
     names: of the data sets, in the order of training; NaN where there is no score. Shown as
-    numbers, and for each data set as a line over the trainings.
+    numbers, and for each data set as a line over the trainings. models: names of the rows, where
+    they are not trained on the data one after another.
     """
     scores = np.asarray(matrix, dtype=np.float64)
-    figure = _figure(width=5 + 1.2 * len(names), height=2.5 + 0.5 * len(names))
+    figure = _figure(width=5 + 1.2 * len(names), height=2.5 + 0.5 * len(scores))
     table, lines = figure.subplots(1, 2)
-    after = [f"after {name}" for name in names[: len(scores)]]
+    after = models or [f"after {name}" for name in names[: len(scores)]]
     image = table.imshow(scores, cmap="viridis")
     _names(table, names, after)
     texts = [[f"{x:.3f}" if np.isfinite(x) else "" for x in row] for row in scores]
