@@ -1,6 +1,7 @@
 """A run without training: its settings, examples as the model sees them, what it would take."""
 
 import math
+import tempfile
 import time
 from dataclasses import replace
 from itertools import groupby
@@ -63,7 +64,9 @@ def estimate(prepared: running.Prepared) -> dict:
     Seconds leave out evaluation and the optimizer's own; activations are those of the longest rows.
     """
     config, train = prepared.config, prepared.datasets["train"]
-    trains = trainer.build_trainer(config, prepared.model, prepared.tokenizer, prepared.datasets)
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes one
+        apart = replace(config, output=folder)
+        trains = trainer.build_trainer(apart, prepared.model, prepared.tokenizer, prepared.datasets)
     lengths = [len(ids) for ids in train["input_ids"]]
     longest = sorted(range(len(train)), key=lambda i: -lengths[i])[: config.batch_size]
     collate = trains.data_collator

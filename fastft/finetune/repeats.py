@@ -17,7 +17,7 @@ def run(config: TrainConfig, rows: dict) -> RunResult:
     planned = _planned(config, rows)
     first = running.prepare(*planned[0])  # what is wrong with data or model is told before
     folder = run_folder.start(config, examples.files(config))
-    results = []
+    results, main = [], run_folder.processes().is_main_process
     for index, (own, held) in enumerate(planned):
         done = run_folder.RunFolder(own.output)
         if done.finished:
@@ -27,7 +27,8 @@ def run(config: TrainConfig, rows: dict) -> RunResult:
         prepared = first if index == 0 else running.prepare(own, held)
         prepared.config = replace(prepared.config, resume=own.resume)
         started = run_folder.start(own, examples.files(config))
-        print(f"{Path(own.output).name}, {index + 1} of {len(planned)}")
+        if main:
+            print(f"{Path(own.output).name}, {index + 1} of {len(planned)}")
         results.append(running.run(prepared, started))
         del prepared
         first = None
@@ -36,8 +37,10 @@ def run(config: TrainConfig, rows: dict) -> RunResult:
         **{split: spread(results, split) for split in ("validation", "test")},
     }
     metrics = {name: value for name, value in metrics.items() if value}
-    folder.write_json("metrics.json", metrics)
-    print(summary(metrics))
+    if main:
+        folder.write_json("metrics.json", metrics)
+        print(summary(metrics))
+    run_folder.processes().wait_for_everyone()
     return RunResult(folder.path, metrics, None, results)
 
 

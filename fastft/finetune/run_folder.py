@@ -89,15 +89,32 @@ def start(config, data: Iterable[Path] = ()) -> RunFolder:
 
     config: a settings dataclass with output, seed and resume.
     data: the files that are read; their sha256 is recorded, and must be the same on resuming.
+    Under torchrun every process calls it, and the first one makes the folder.
     Raises: UserError for a folder that exists, or on resuming for one that is not a run's, is
         finished, or was started with other settings or data.
     """
     check(config)
-    folder = RunFolder(config.output)
+    folder, group = RunFolder(config.output), processes()
     hashes = {str(path): sha256(path) for path in data}
     if config.resume:
         _same(folder, config, hashes)
         return folder
+    group.wait_for_everyone()  # all have found that it can be made
+    if group.is_main_process:
+        _make(folder, config, hashes)
+    group.wait_for_everyone()
+    return folder
+
+
+def processes():
+    """accelerate's view of the processes that run this together, one where nobody started more."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _make(folder: RunFolder, config, hashes: dict[str, str]) -> None:
     with readable(config.output):
         folder.path.mkdir(parents=True, exist_ok=True)
     folder.write("settings.yaml", yaml_of(config))
@@ -110,7 +127,6 @@ def start(config, data: Iterable[Path] = ()) -> RunFolder:
         "command": sys.argv,
     }
     folder.write_json("run.json", record)
-    return folder
 
 
 def _same(folder: RunFolder, config, hashes: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from fastft.finetune import (
     tasks,
     trainer,
 )
-from fastft.finetune.run_folder import RunFolder, readable
+from fastft.finetune.run_folder import RunFolder, processes, readable
 from fastft.finetune.train import RunResult, TrainConfig
 
 # The methods whose adapters a model may come with, by the type in their configuration.
@@ -46,8 +46,15 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
 
     rows: from examples.read. Raises: UserError.
     """
+    import torch
     from transformers import set_seed
 
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError("precision: fp16 needs a GPU; bf16 and float32 run here")
+    if config.fsdp and not torch.accelerator.is_available():
+        raise UserError("fsdp: Trainer shards on GPUs alone; without fsdp these processes run DDP")
+    if config.fsdp and config.method == "adapter":
+        raise UserError("fsdp: not with the method adapter")
     task = tasks.of(config.task)
     packed = config.task == "sft" and task.packs(config)
     if (reason := methods.fits(config.method, config.task, packing=packed)) is not None:
@@ -152,11 +159,15 @@ def run(prepared: Prepared, folder: RunFolder, loss=None) -> RunResult:
         folder.write_json("metrics.json", metrics)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)  # the model is kept
         print(summary(metrics, folder))
+    processes().wait_for_everyone()  # whoever returns finds the folder complete
     return RunResult(folder.path, metrics, folder.model)
 
 
 def keep(trains, tokenizer, folder: RunFolder) -> None:
     """The trained weights under folder.model, renamed into place when they are complete."""
+    if trains.is_fsdp_enabled:  # its weights are gathered from all processes
+        trains.save_model(str(folder.model))
+        return
     if not trains.is_world_process_zero():
         return
     with readable(str(folder.model)), tempfile.TemporaryDirectory(dir=folder.path) as part:

@@ -18,7 +18,7 @@ LEARNING_RATES = {
     "adapter": 5e-4,
     "ia3": 5e-3,
     "prefix": 1e-2,
-    "prompt": 3e-2,
+    "prompt": 1e-2,
 }
 
 

@@ -3,18 +3,18 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from fastft.finetune import UserError, tasks
+from fastft.finetune import tasks
 from fastft.finetune.run_folder import RunFolder, readable
 
 
 def build_trainer(
     config, model, tokenizer, datasets: dict, loss: Callable | None = None, **more
 ) -> Trainer:
-    """A transformers.Trainer, ready for `.train()`; nothing is written before that.
+    """A transformers.Trainer, ready for `.train()`; it makes its folder of checkpoints.
 
     Args:
         config: a TrainConfig.
@@ -49,12 +49,12 @@ def arguments(config, validated: bool = True) -> TrainingArguments:
     import torch
 
     gpu = torch.accelerator.is_available()
-    if config.precision == "fp16" and not gpu:
-        raise UserError("precision: fp16 needs a GPU; bf16 and float32 run here")
     every = "epoch" if config.evaluate_every is None else "steps"
     best = tasks.of(config.task).BEST
     # A name that transformers is about to change: only given where it is asked for.
     chosen = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    if config.fsdp:
+        chosen["fsdp"] = True
     if validated and (config.best or config.early_stopping):
         chosen |= {
             "load_best_model_at_end": True,
@@ -130,12 +130,14 @@ def measure(trainer: Trainer, dataset, config) -> dict:
 def fit(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
     """Trains to the end, or to a Ctrl-C: then the step is finished and kept for --resume.
 
+    Several processes end at once instead, and go on from their last checkpoint.
     Raises: KeyboardInterrupt after one; UserError for a full disk.
     """
     last = folder.last_checkpoint() if resume else None
     watch = _Interrupted()
     trainer.add_callback(watch)
-    with readable(str(folder.path)), watch.listening():
+    listening = watch.listening() if trainer.args.world_size == 1 else nullcontext()
+    with readable(str(folder.path)), listening:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.remove_callback(watch)
     if watch.asked:

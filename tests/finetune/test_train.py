@@ -69,22 +69,19 @@ def weights(folder) -> dict:
     return load_file(next(folder.glob("model/*.safetensors")))
 
 
-FITTING = [
-    (task, method)
-    for task in TASKS
-    for method in methods.METHODS
-    if method != "qlora" and methods.fits(method, task) is None
-]
+# Every method by every task, without the command, is tested in test_methods.py.
+RUNS = [("classify", method) for method in methods.METHODS if method != "qlora"]
+RUNS += [(task, method) for task in ("ner", "lm", "sft") for method in ("full", "lora")]
+RUNS += [("sft", "prompt"), ("lm", "adapter")]
 
 
-@pytest.mark.parametrize(("task", "method"), FITTING)
-def test_every_task_improves_by_every_method(config, task, method):
-    if method == "bitfit" and TASKS[task][0] == "decoder":
-        pytest.skip("a Llama has no biases")
-    rate = 5e-2 if method in ("prompt", "prefix", "ia3") else 1e-2
+@pytest.mark.parametrize(("task", "method"), RUNS)
+def test_runs_improve_and_are_kept(config, task, method):
+    # A prompt before a random frozen model can do little.
+    rate, least = (0.3, 0.005) if (task, method) == ("sft", "prompt") else (1e-2, 0.02)
     result = train(config(task, method=method, learning_rate=rate))
     seen = losses(result.folder)
-    assert len(seen) == 12 and seen[-1] < seen[0] - 0.02, seen
+    assert len(seen) == 12 and seen[-1] < seen[0] - least, seen
     trainable = result.metrics["parameters"]["trainable"]
     assert (trainable == result.metrics["parameters"]["all"]) == (method == "full")
     names = {"classify": ["bad", "good"], "ner": ["O", "B-PER"]}.get(task)
@@ -135,17 +132,19 @@ def test_a_finished_run_holds_what_it_was(config, shared):
 def test_patched_and_not_are_the_same_run(config, tmp_path):
     seen = {}
     for patched in (True, False):
-        run = config("classify", patch=patched, output=str(tmp_path / str(patched)), steps=4)
+        run = config(
+            "classify", patch=patched, output=str(tmp_path / str(patched)), steps=3, dropout=0
+        )
         seen[patched] = losses(train(run).folder)
     assert seen[True] == pytest.approx(seen[False], abs=2e-5)
 
 
 @pytest.mark.parametrize("task", ["classify", "ner", "lm"])
 def test_accumulated_batches_are_one_batch(config, tmp_path, task):
-    whole = train(config(task, batch_size=24, steps=3))
-    parts = train(
-        config(task, batch_size=6, gradient_accumulation=4, steps=3, output=str(tmp_path / "parts"))
-    )
+    usual = {"steps": 3, "dropout": 0.0}
+    whole = train(config(task, batch_size=24, **usual))
+    parts = {"batch_size": 6, "gradient_accumulation": 4, "output": str(tmp_path / "parts")}
+    parts = train(config(task, **usual, **parts))
     assert losses(parts.folder) == pytest.approx(losses(whole.folder), abs=1e-4)
 
 
@@ -240,13 +239,13 @@ def test_early_stopping_ends_with_the_best(config, monkeypatch):
 
 
 def test_a_dry_run_writes_nothing(config, capsys):
-    for task in TASKS:
+    for task in ("classify", "ner", "sft"):
         run = config(task, dry_run=True)
         result = train(run)
         shown = capsys.readouterr().out
         assert not result.folder.exists() and result.model is None
         assert f"task: {task}" in shown and "learning_rate: 5.0e-05" in shown
-        assert shown.count("\nexample ") == 3 or task in ("lm", "sft")
+        assert shown.count("\nexample ") == 3 or task == "sft"
         assert "> " in shown and "minutes" in shown and "MB, activations" in shown
         assert result.metrics["memory_bytes"]["activations"] > 1000
         assert result.metrics["steps"] == 12
@@ -254,7 +253,7 @@ def test_a_dry_run_writes_nothing(config, capsys):
 
 
 def test_folds_and_seeds_have_mean_and_deviation(config, tmp_path):
-    result = train(config("classify", folds=3, steps=2))
+    result = train(config("classify", folds=3, steps=1))
     assert [run.folder.name for run in result.runs] == ["fold-1", "fold-2", "fold-3"]
     values = [run.metrics["validation"]["accuracy"] for run in result.runs]
     spread = json.loads((result.folder / "metrics.json").read_text())["validation"]["accuracy"]
@@ -265,7 +264,7 @@ def test_folds_and_seeds_have_mean_and_deviation(config, tmp_path):
         held = [row["support"] for row in run.metrics["validation"]["per_class"].values()]
         assert held == [4, 4]
 
-    seeds = config("classify", seeds=[3, 5], steps=2, output=str(tmp_path / "seeds"))
+    seeds = config("classify", seeds=[3, 5], steps=1, output=str(tmp_path / "seeds"))
     result = train(seeds)
     first, second = (weights(run.folder)["classifier.weight"] for run in result.runs)
     assert not torch.equal(first, second)
