@@ -69,7 +69,10 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
         raise UserError("fsdp: not with the method adapter")
     task = tasks.of(config.task)
     packed = config.task == "sft" and task.packs(config)
-    if (reason := methods.fits(config.method, config.task, packing=packed)) is not None:
+    reason = methods.fits(
+        config.method, config.task, packing=packed, checkpointing=config.gradient_checkpointing
+    )
+    if reason is not None:
         raise UserError(f"method {config.method} does not fit task {config.task}: {reason}")
     beside = {}
     if config.adapter_name is not None:
@@ -91,7 +94,8 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
     if config.patch:
         from fastft.patch import patch
 
-        report = patch(model)
+        kind = None if config.base_weights == "none" else config.base_weights
+        report = patch(model, base_weights=kind)
     loss = trainer.loss_of(config, model, datasets["train"])
     if config.distill and loss is None:
         loss = NextTokenLoss(ClassificationLoss())  # its logits are needed anyway

@@ -107,6 +107,9 @@ class TrainConfig(Config):
     resume: bool = option(False, help="go on with the run in the output folder")
     dry_run: bool = option(False, help="show settings, examples and estimates; train nothing")
     patch: bool = option(True, help="fastft's kernels")
+    base_weights: Literal["none", "int8"] = option(
+        "none", help="int8: frozen layers hold eight bits; lora, prompt, prefix and ia3"
+    )
     threads: int | None = option(None, least=1, help="of the CPU; default: PyTorch's choice")
     logging_steps: int = option(10, least=1, help="steps between two points of the curves")
     report_to: list[str] = option(["none"], help="as in transformers' Trainer, e.g. tensorboard")
@@ -126,6 +129,10 @@ class TrainConfig(Config):
                 raise UserError(f"{name}: only for the tasks classify and ner")
         if self.multi_label and self.task != "classify":
             raise UserError("multi_label: only for the task classify")
+        if self.base_weights != "none" and not self.patch:
+            raise UserError("base_weights: fastft's kernels are needed, but patch is off")
+        if self.base_weights != "none" and self.method not in ("lora", "prompt", "prefix", "ia3"):
+            raise UserError(f"base_weights: not with the method {self.method}")
         self._check_continual()
         if self.fsdp and self.deepspeed:
             raise UserError("fsdp and deepspeed: one of them at a time")

@@ -96,6 +96,22 @@ def test_patched_and_not_are_the_same_run(config, tmp_path):
     assert seen[True] == pytest.approx(seen[False], abs=2e-5)
 
 
+@pytest.mark.parametrize("task", ["classify", "sft"])
+def test_an_int8_base_trains_an_ordinary_adapter(config, tmp_path, task):
+    seen = {}
+    for kind in ("none", "int8"):
+        own = config(task, method="lora", learning_rate=1e-2, output=str(tmp_path / kind))
+        result = train(replace(own, base_weights=kind))
+        seen[kind] = losses(result.folder)
+    assert seen["int8"] != seen["none"]
+    assert seen["int8"] == pytest.approx(seen["none"], rel=0.03)
+    assert "int8_linear" in (result.folder / "patch.txt").read_text()
+    assert all("lora_" in name or "modules_to_save" in name or "classifier" in name
+               or "pooler" in name for name in weights(result.folder))  # fmt: skip
+    with pytest.raises(UserError, match="base_weights"):
+        config(task, method="full", base_weights="int8")
+
+
 @pytest.mark.parametrize("task", ["classify", "ner", "lm"])
 def test_accumulated_batches_are_one_batch(config, tmp_path, task):
     usual = {"steps": 3, "dropout": 0.0, "patch": False}  # fastft's own heads count rightly
