@@ -22,7 +22,7 @@ _REASON = "reason"  # of a trial that failed: not one that was interrupted
 
 
 def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
-    """The study in a search's folder; what was interrupted there is put in line again."""
+    """The study in a search's folder, where trials that were interrupted do not count."""
     with _quiet(), run_folder.readable(str(folder.path)):
         found = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder.path / "study.journal"))),
@@ -36,10 +36,6 @@ def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
                 found.tell(trial.number, state=TrialState.FAIL)
         if config.sampler == "grid":
             _queue_grid(found, config)
-        else:
-            trials = found.get_trials(deepcopy=False)
-            if trials and _is_interrupted(trials[-1]) and trials[-1].params:
-                found.enqueue_trial(trials[-1].params)
     return found
 
 

@@ -384,3 +384,15 @@ def test_mistakes_are_one_sentence(shared, old, settings, tmp_path):
     with pytest.raises(UserError, match="was not trained for the classes bad, good"):
         train(asked(task="classify", model=str(shared / "encoder"), data=data, distill=1.0))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_evaluated_is_the_task_alone(shared, old, settings, tmp_path):
+    new = str(shared / "new.jsonl")
+    run = train(
+        settings(tmp_path / "run", model=str(old), data=new, validation_data=new, steps=8,
+                 distill=100.0)
+    )  # fmt: skip
+    log = json.loads((run.folder / "log.json").read_text())
+    assert max(e["loss"] for e in log if "loss" in e) > 20
+    held = loss_on(run.folder, shared / "new.jsonl")
+    assert run.metrics["validation"]["loss"] == pytest.approx(held, rel=0.05)
