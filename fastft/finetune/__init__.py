@@ -11,6 +11,7 @@ from fastft.finetune.evaluate import EvaluateConfig, EvaluateResult, evaluate
 from fastft.finetune.generating import GenerateConfig, GenerateResult, generate
 from fastft.finetune.merge import MergeConfig, MergeResult, merge
 from fastft.finetune.prepare import PrepareConfig, PrepareResult, prepare
+from fastft.finetune.search import SearchConfig, SearchResult, search
 from fastft.finetune.train import RunResult, TrainConfig, train
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "PrepareConfig",
     "PrepareResult",
     "RunResult",
+    "SearchConfig",
+    "SearchResult",
     "TrainConfig",
     "UserError",
     "evaluate",
@@ -30,5 +33,6 @@ __all__ = [
     "merge",
     "need",
     "prepare",
+    "search",
     "train",
 ]

@@ -204,7 +204,7 @@ def test_values(kind, weights):
         {"activation": "gelu"},
         {"query_norm": NormWeight(torch.rand(DIM)), "key_norm": NormWeight(torch.rand(DIM))},
     ],
-    ids=str,
+    ids=lambda settings: next(iter(settings)),  # the same in every process of the suite
 )
 def test_settings(settings):
     layer = make_layer(**settings)
