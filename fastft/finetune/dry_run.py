@@ -66,7 +66,10 @@ def estimate(prepared: running.Prepared) -> dict:
     config, train = prepared.config, prepared.datasets["train"]
     with tempfile.TemporaryDirectory() as folder:  # Trainer makes one
         apart = replace(config, output=folder)
-        trains = trainer.build_trainer(apart, prepared.model, prepared.tokenizer, prepared.datasets)
+        trains = trainer.build_trainer(
+            apart, prepared.model, prepared.tokenizer, prepared.datasets, prepared.loss,
+            prepared.added,
+        )  # fmt: skip
     lengths = [len(ids) for ids in train["input_ids"]]
     longest = sorted(range(len(train)), key=lambda i: -lengths[i])[: config.batch_size]
     collate = trains.data_collator

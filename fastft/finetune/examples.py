@@ -14,6 +14,9 @@ def files(config) -> list[Path]:
     found = list(reading.split_files(place).values()) if place.is_dir() else [place]
     if config.validation_data is not None:
         found.append(reading.located(config.validation_data))
+    for path in config.old_data or ():
+        place = reading.located(path)
+        found.append(reading.split_files(place)["train"] if place.is_dir() else place)
     return found
 
 

@@ -34,6 +34,9 @@ def locate(source: str | Path) -> str:
     if str(source) in assets.MODELS and not Path(source).exists():
         return str(assets.model(str(source)))
     folder = Path(source).expanduser()
+    above = RunFolder(folder.parent)
+    if not folder.exists() and above.record.is_file() and folder.name:
+        folder = above.model / folder.name  # one of a run's adapters
     if not folder.exists():
         if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
             raise UserError(f"{source}: no such folder")
@@ -46,6 +49,11 @@ def locate(source: str | Path) -> str:
             raise UserError(f"{source}: this run has no trained model yet")
         folder = run.model
     _check_folder(folder)
+    several = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER}"))
+    if several and not any((folder / name).exists() for name in (ADAPTER, "config.json")):
+        raise UserError(
+            f"{source}: holds the adapters {', '.join(several)}; name one: {source}/..."
+        )
     return str(folder)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastft.finetune import UserError, loading, methods, need, table
+from fastft.finetune import UserError, adapters, loading, methods, need, table
 from fastft.finetune.assets import say
 from fastft.finetune.config import Config, option
 from fastft.finetune.run_folder import RunFolder, readable
@@ -92,9 +92,6 @@ def merge(config: MergeConfig) -> MergeResult:
 
 def _adapter_folder(source: str) -> Path:
     folder = Path(loading.locate(source))
-    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-    if inside and not (folder / loading.ADAPTER).exists():
-        raise UserError(f"{source}: holds the adapters {', '.join(inside)}; name one: {source}/...")
     methods.read_settings(folder)
     return folder
 
@@ -108,7 +105,7 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
     model = loading.load_model(folder, task, dtype=config.dtype).eval()
     inputs = _inputs(model, config.seed)
     wanted, base = _logits(model, inputs), _base_logits(model, inputs)
-    name = _own_name(folder)
+    name = adapters.own_name(folder)
     effect = _apart(base, wanted)
     with _new_folder(config.output) as part:
         try:
@@ -127,7 +124,7 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
 
 
 def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
-    names = config.names or [_own_name(folder) for folder in folders]
+    names = config.names or [adapters.own_name(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise UserError(f"names: expected different ones, got {', '.join(names)}")
     settings = [methods.read_settings(folder) for folder in folders]
@@ -139,7 +136,7 @@ def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
     task, difference, effect = _task(settings[0]), {}, {}
     with _new_folder(config.output) as part:
         for name, folder in zip(names, folders, strict=True):
-            _copy(folder, part / name)
+            adapters.copy(folder, part / name)
         model = None
         for name, folder in zip(names, folders, strict=True):
             alone = loading.load_model(folder, task, dtype=config.dtype).eval()
@@ -157,16 +154,6 @@ def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
     return result
 
 
-def _copy(folder: Path, target: Path) -> None:
-    """The files of an adapter and its tokenizer: no links, and no format that is not read."""
-    with readable(str(folder)):
-        target.mkdir()
-        for file in folder.iterdir():
-            known = file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model")
-            if known and file.is_file() and not file.is_symlink():
-                shutil.copyfile(file, target / file.name)
-
-
 def _all_in_one(part: Path, names: list[str], alone, task: str, dtype: str):
     """The base model with every collected adapter loaded from its folder."""
     model = loading.load_model(part / names[0], task, dtype=dtype).eval()
@@ -176,12 +163,6 @@ def _all_in_one(part: Path, names: list[str], alone, task: str, dtype: str):
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{name}: not to be loaded beside the others: {error}") from None
     return model
-
-
-def _own_name(folder: Path) -> str:
-    """A run's name rather than that of the folder in it that holds its model."""
-    is_run = RunFolder(folder.parent).model == folder and RunFolder(folder.parent).record.exists()
-    return folder.resolve().parent.name if is_run else folder.resolve().name
 
 
 def _task(settings: dict) -> str:

@@ -3,12 +3,15 @@
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastft.finetune import (
     UserError,
+    adapters,
     assets,
+    continual,
     examples,
     loading,
     memory_use,
@@ -18,8 +21,10 @@ from fastft.finetune import (
     tasks,
     trainer,
 )
+from fastft.finetune.loss import NextTokenLoss
 from fastft.finetune.run_folder import RunFolder, processes, readable
 from fastft.finetune.train import RunResult, TrainConfig
+from fastft.losses import ClassificationLoss
 
 # The methods whose adapters a model may come with, by the type in their configuration.
 _KINDS = {
@@ -32,13 +37,20 @@ _KINDS = {
 
 @dataclass
 class Prepared:
-    """What training needs. config: with max_length settled. report: fastft.patch's, or None."""
+    """What training needs.
+
+    config: with max_length settled. report: fastft.patch's, or None. loss, added: as build_trainer
+    takes them. beside: other adapters that are kept with the one that is trained.
+    """
 
     config: TrainConfig
     model: object
     tokenizer: object
     datasets: dict
     report: object
+    loss: Callable | None = None
+    added: Callable | None = None
+    beside: dict[str, Path] = field(default_factory=dict)
 
 
 def prepare(config: TrainConfig, rows: dict) -> Prepared:
@@ -59,11 +71,20 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
     packed = config.task == "sft" and task.packs(config)
     if (reason := methods.fits(config.method, config.task, packing=packed)) is not None:
         raise UserError(f"method {config.method} does not fit task {config.task}: {reason}")
+    beside = {}
+    if config.adapter_name is not None:
+        beside = adapters.held(config.model)
+        config = replace(config, model=adapters.base(config.model, config.adapter_name))
     tokenizer = load_tokenizer(config)
     names = task.names(rows["train"], config, loading.known_labels(config.model))
+    old = continual.old_rows(config)
+    names = continual.all_names(names, old, config)
     longest = examples.limit(config, tokenizer, loading.load_config(config.model))
     config = replace(config, max_length=longest)
     datasets = examples.encode(rows, tokenizer, config, names)
+    old = continual.encode(old, tokenizer, config, names)
+    if config.replay:
+        datasets["train"] = continual.replayed(datasets["train"], old, config.replay, config.seed)
     set_seed(config.seed)  # new heads and adapters are drawn from it
     model = with_method(load_model(config, tokenizer, names), config)
     report = None
@@ -71,7 +92,11 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
         from fastft.patch import patch
 
         report = patch(model)
-    return Prepared(config, model, tokenizer, datasets, report)
+    loss = trainer.loss_of(config, model, datasets["train"])
+    if config.distill and loss is None:
+        loss = NextTokenLoss(ClassificationLoss())  # its logits are needed anyway
+    added = continual.keeping(config, model, tokenizer, names, old)
+    return Prepared(config, model, tokenizer, datasets, report, loss, added, beside)
 
 
 def load_tokenizer(config: TrainConfig):
@@ -115,14 +140,18 @@ def with_method(model, config: TrainConfig):
     return model
 
 
-def run(prepared: Prepared, folder: RunFolder, loss=None) -> RunResult:
-    """Trains, measures and keeps; prints the final table.
+def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunResult:
+    """Trains, measures and keeps; prints the final table. callbacks: more of Trainer's.
 
     Raises: KeyboardInterrupt after Ctrl-C, with a checkpoint to go on from; UserError.
     """
     config, started = prepared.config, time.perf_counter()
     model, tokenizer, datasets = prepared.model, prepared.tokenizer, prepared.datasets
-    trains = trainer.build_trainer(config, model, tokenizer, datasets, loss)
+    trains = trainer.build_trainer(
+        config, model, tokenizer, datasets, prepared.loss, prepared.added
+    )
+    for callback in callbacks:
+        trains.add_callback(callback)
     main = trains.is_world_process_zero()
     if main:
         folder.write("patch.txt", f"{prepared.report or 'not patched: patch was off'}\n")
@@ -148,7 +177,7 @@ def run(prepared: Prepared, folder: RunFolder, loss=None) -> RunResult:
         "peak_memory_bytes": memory_use.peak(),
         **measured,
     }
-    keep(trains, tokenizer, folder)
+    kept = keep(trains, prepared, folder)
     if main:
         folder.write_json("log.json", log)
         plots.curves(log, folder.path / "curves.png")
@@ -160,22 +189,30 @@ def run(prepared: Prepared, folder: RunFolder, loss=None) -> RunResult:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)  # the model is kept
         print(summary(metrics, folder))
     processes().wait_for_everyone()  # whoever returns finds the folder complete
-    return RunResult(folder.path, metrics, folder.model)
+    return RunResult(folder.path, metrics, kept)
 
 
-def keep(trains, tokenizer, folder: RunFolder) -> None:
-    """The trained weights under folder.model, renamed into place when they are complete."""
+def keep(trains, prepared: Prepared, folder: RunFolder) -> Path:
+    """The trained weights under folder.model, renamed into place when they are complete.
+
+    An adapter with a name is in a folder of that name there, the others beside it.
+    """
+    name = prepared.config.adapter_name
+    kept = folder.model / (name or "")
     if trains.is_fsdp_enabled:  # its weights are gathered from all processes
         trains.save_model(str(folder.model))
-        return
+        return kept
     if not trains.is_world_process_zero():
-        return
+        return kept
     with readable(str(folder.model)), tempfile.TemporaryDirectory(dir=folder.path) as part:
         made = Path(part) / "model"
-        loading.save(trains.model, tokenizer, made)
+        loading.save(trains.model, prepared.tokenizer, made / (name or ""))
+        for other, source in prepared.beside.items():
+            adapters.copy(source, made / other)
         if folder.model.exists():  # of an end that was interrupted
             shutil.rmtree(folder.model)
         made.rename(folder.model)
+    return kept
 
 
 def summary(metrics: dict, folder: RunFolder) -> str:

@@ -76,6 +76,23 @@ class TrainConfig(Config):
     class_weights: Literal["none", "balanced"] = option("none", help="classify, ner")
     label_smoothing: float = option(0.0, least=0, most=0.95, help="share given to all labels")
     focal_gamma: float = option(0.0, least=0, help="classify, ner: focal loss; 0: cross entropy")
+
+    old_data: list[str] | None = option(
+        None, help="what the model was trained on before: files or folders, for replay and ewc"
+    )
+    replay: float = option(
+        0.0, least=0, most=0.95, help="share of the rows trained on that are old ones"
+    )
+    ewc: float = option(
+        0.0, least=0, help="pull to the old weights, by how much the old data needs them"
+    )
+    ewc_rows: int = option(200, least=1, help="ewc: old rows that tell what is needed")
+    distill: float = option(0.0, least=0, help="pull to what the model said before, on all rows")
+    temperature: float = option(2.0, above=0, help="distill: above 1, unlikely classes count more")
+    adapter_name: str | None = option(
+        None, help="a new adapter of this name, beside those that the model's folder has"
+    )
+
     precision: Literal["float32", "bf16", "fp16"] = option("float32", help="bf16, fp16: mixed")
     gradient_checkpointing: bool = option(False, help="recompute activations: slower, smaller")
 
@@ -109,8 +126,27 @@ class TrainConfig(Config):
                 raise UserError(f"{name}: only for the tasks classify and ner")
         if self.multi_label and self.task != "classify":
             raise UserError("multi_label: only for the task classify")
+        self._check_continual()
         if self.fsdp and self.deepspeed:
             raise UserError("fsdp and deepspeed: one of them at a time")
+
+    def _check_continual(self) -> None:
+        if (self.replay or self.ewc) and not self.old_data:
+            raise UserError("replay and ewc: old_data names what the model was trained on before")
+        if self.old_data and not (self.replay or self.ewc):
+            raise UserError("old_data: what for? set replay or ewc")
+        if (self.ewc or self.distill) and (self.fsdp or self.deepspeed):
+            raise UserError("ewc and distill need whole weights: not with fsdp or deepspeed")
+        if self.adapter_name is None:
+            return
+        if Path(self.adapter_name).name != self.adapter_name or self.adapter_name == "..":
+            raise UserError(f"adapter_name: {self.adapter_name!r} is no folder's name")
+        if self.method in ("full", "top-layers", "bitfit"):
+            raise UserError(f"adapter_name: the method {self.method} trains no adapter")
+        if self.fsdp:
+            raise UserError("adapter_name: not with fsdp")
+        if self.ewc or self.distill:
+            raise UserError("adapter_name: a new adapter forgets nothing; leave ewc and distill")
 
     @property
     def rate(self) -> float:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fastft.finetune import tasks
@@ -12,8 +13,9 @@ from fastft.finetune.run_folder import RunFolder, readable
 
 
 def build_trainer(
-    config, model, tokenizer, datasets: dict, loss: Callable | None = None, **more
-) -> Trainer:
+    config, model, tokenizer, datasets: dict, loss: Callable | None = None,
+    added: Callable | None = None, **more,
+) -> Trainer:  # fmt: skip
     """A transformers.Trainer, ready for `.train()`; it makes its folder of checkpoints.
 
     Args:
@@ -22,6 +24,8 @@ def build_trainer(
         tokenizer: from loading.load_tokenizer.
         datasets: {"train": ..., "validation": ... or absent}, encoded by examples.encode.
         loss: (outputs, labels, num_items_in_batch=None) -> scalar instead of the task's own.
+        added: (outputs, inputs, num_items_in_batch=None) -> scalar, added to the loss of training
+            steps; inputs has the labels.
         more: given to Trainer's constructor over what is chosen here (callbacks, args, ...).
     """
     validated = datasets.get("validation") is not None
@@ -41,13 +45,30 @@ def build_trainer(
     if task.metrics is not None:
         compute = task.metrics(class_names(model), config)
         options["compute_metrics"] = lambda seen: numbers(compute(*_seen(seen)))
-    return Trainer(model=model, **options | more)
+    trains = _Trainer(model=model, **options | more)
+    trains.added = added
+    return trains
+
+
+class _Trainer(Trainer):
+    """A Trainer whose training steps may have more to their loss than what is evaluated."""
+
+    added: Callable | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        given = dict(inputs)  # Trainer takes the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.added is not None and torch.is_grad_enabled():
+            more = self.added(outputs, given, num_items_in_batch)
+            # As Trainer does with the loss: gradients are averaged over the processes that share
+            # the step's items.
+            shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            loss = loss + more * (self.accelerator.num_processes if shared else 1)
+        return (loss, outputs) if return_outputs else loss
 
 
 def arguments(config, validated: bool = True) -> TrainingArguments:
     """config as transformers' TrainingArguments; validated: there is data to evaluate on."""
-    import torch
-
     gpu = torch.accelerator.is_available()
     every = "epoch" if config.evaluate_every is None else "steps"
     best = tasks.of(config.task).BEST
