@@ -97,9 +97,7 @@ def entities(work: Path) -> str:
             "train", work / method, model=MINILM, data=work / "data", task="ner", method=method,
             epochs=3, validation=0,
         )  # fmt: skip
-        names = next(key for key in ("precision", "precision_micro") if key in found["test"])
-        ending = names.removeprefix("precision")
-        scores = [found["test"][name + ending] for name in ("precision", "recall", "f1")]
+        scores = [found["test"][f"{name}_micro"] for name in ("precision", "recall", "f1")]
         rows.append((
             method, *(f"{score:.3f}" for score in scores), f"{found['seconds']:.0f}",
             f"{found['peak_memory_bytes'] / 2**20:.0f} MB",
