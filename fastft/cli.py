@@ -33,6 +33,12 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "generate",
         "continue prompts, by templates and examples, into jsonl",
     ),
+    "search": (
+        "fastft.finetune.search",
+        "SearchConfig",
+        "search",
+        "train over a space of settings: grid, random or Bayesian, pruned, resumable",
+    ),
     "merge": (
         "fastft.finetune.merge",
         "MergeConfig",

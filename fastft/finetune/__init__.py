@@ -9,6 +9,7 @@ Every command is a function here: `fastft.finetune.train(TrainConfig(...))`.
 from fastft.finetune.errors import UserError, need
 from fastft.finetune.evaluate import EvaluateConfig, EvaluateResult, evaluate
 from fastft.finetune.generating import GenerateConfig, GenerateResult, generate
+from fastft.finetune.search import SearchConfig, SearchResult, search
 from fastft.finetune.train import RunResult, TrainConfig, train
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "GenerateConfig",
     "GenerateResult",
     "RunResult",
+    "SearchConfig",
+    "SearchResult",
     "TrainConfig",
     "UserError",
     "evaluate",
     "generate",
     "need",
+    "search",
     "train",
 ]

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastft.finetune import UserError
 
@@ -33,6 +33,9 @@ class Config:
 
     A field is str, int, float, bool, Literal, list of one of them, or one of these or None.
     """
+
+    # The field, a list of texts, that has `key: [..]` of a file's lists for fields of one value.
+    LISTS: ClassVar[str | None] = None
 
     def __post_init__(self):
         hints = get_type_hints(type(self))
@@ -131,7 +134,7 @@ def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
     )
     hints = get_type_hints(kind)
     for item in fields(kind):
-        hint = next(one for one in _alternatives(hints[item.name]) if one is not type(None))
+        hint = next(one for one in alternatives(hints[item.name]) if one is not type(None))
         options: dict[str, Any] = {"required": _default_of(item) is MISSING}
         if get_origin(hint) is list:
             hint, options["nargs"] = get_args(hint)[0], "+"
@@ -170,7 +173,8 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
         raise UserError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}") from None
     if not isinstance(held, dict):
         raise UserError(f"{path}: expected lines of `key: value`")
-    flags, known, hints = [], {f.name for f in fields(kind)}, get_type_hints(kind)
+    flags, known, hints = [], {f.name: f for f in fields(kind)}, get_type_hints(kind)
+    lists = []
     for key, value in held.items():
         name = str(key).replace("-", "_")
         if name not in known:
@@ -180,7 +184,12 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         if not values or any(isinstance(v, list | dict) for v in values):
             raise UserError(f"{path}: {key}: expected a value or a list of values, got {value!r}")
-        kinds = {get_origin(one) or one for one in _alternatives(hints[name])}
+        kinds = {get_origin(one) or one for one in alternatives(hints[name])}
+        if kind.LISTS is not None and isinstance(value, list) and list not in kinds:
+            lists.append(f"{name}: {yaml.safe_dump(value, default_flow_style=True).strip()}")
+            if _default_of(known[name]) is not MISSING:
+                continue
+            value, values = value[0], value[:1]
         if isinstance(value, bool) != (bool in kinds) or list in {type(value)} - kinds:
             expected = _named(hints[name])
             raise UserError(f"{path}: {key}: expected {expected}, got {value!r}")
@@ -191,6 +200,9 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
             flags += [flag, *(_value(str(v)) for v in value)]
         else:
             flags.append(f"{flag}={value}")  # joined: no value is taken for a flag of its own
+    if lists:
+        held = [str(entry) for entry in held.get(kind.LISTS) or ()]
+        flags += [f"--{kind.LISTS.replace('_', '-')}", *held, *lists]
     return flags
 
 
@@ -202,12 +214,13 @@ def _unknown(shown: str, name: str, known: set[str], flag: bool = False) -> User
     return UserError(f"{shown}: no such setting; did you mean {meant}?")
 
 
-def _alternatives(hint) -> tuple:
+def alternatives(hint) -> tuple:
+    """The types that a field may have."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _is(value: Any, hint) -> bool:
-    for one in _alternatives(hint):
+    for one in alternatives(hint):
         if get_origin(one) is Literal:
             fits = value in get_args(one)
         elif get_origin(one) is list:
@@ -224,12 +237,12 @@ def _is(value: Any, hint) -> bool:
 
 
 def _floats(hint) -> bool:
-    return float in _alternatives(hint) and int not in _alternatives(hint)
+    return float in alternatives(hint) and int not in alternatives(hint)
 
 
 def _named(hint) -> str:
     names = []
-    for one in _alternatives(hint):
+    for one in alternatives(hint):
         if get_origin(one) is Literal:
             names += [repr(v) for v in get_args(one)]
         elif get_origin(one) is list:

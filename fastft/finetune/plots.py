@@ -99,6 +99,37 @@ def forgetting(
     _save(figure, path)
 
 
+def history(trials: Sequence[Mapping], metric: str, maximise: bool, path: Path) -> None:
+    """Scores of a search's trials, the best so far, and those that were given up.
+
+    trials: {"trial": number, "score": number or None, "state": ...}, in order.
+    """
+    figure = _figure(width=7, height=3.5)
+    axes = figure.subplots()
+    done = [(trial["trial"], trial["score"]) for trial in trials if trial["state"] == "complete"]
+    given_up = [trial["trial"] for trial in trials if trial["state"] != "complete"]
+    numbers, scores = zip(*done, strict=True)
+    best = (np.maximum if maximise else np.minimum).accumulate(scores)
+    axes.plot(numbers, scores, "o", label="trial")
+    axes.step(numbers, best, where="post", label="best so far")
+    lowest = min(scores)
+    if given_up:
+        axes.plot(given_up, [lowest] * len(given_up), "x", color="gray", label="pruned or failed")
+    _steps(axes, "trial", metric)
+    _save(figure, path)
+
+
+def importance(shares: Mapping[str, float], path: Path) -> None:
+    """The share of each setting in how good a search's trials were."""
+    figure = _figure(width=7, height=1.5 + 0.3 * len(shares))
+    axes = figure.subplots()
+    names = list(shares)[::-1]
+    axes.barh(range(len(names)), [shares[name] for name in names])
+    axes.set_yticks(range(len(names)), map(_plain, names))
+    axes.set_xlabel("importance")
+    _save(figure, path)
+
+
 def _figure(width: float, height: float):
     need("matplotlib", "a plot")
     from matplotlib.figure import Figure

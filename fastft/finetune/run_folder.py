@@ -20,7 +20,7 @@ from pathlib import Path
 from fastft.finetune import UserError
 
 # What may differ from the run that is resumed: it changes no number.
-_FREE = {"resume", "dry_run", "report_to", "logging_steps", "output"}
+_FREE = {"resume", "dry_run", "report_to", "logging_steps", "output", "trials"}
 _LIBRARIES = ("fastft", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
 
 

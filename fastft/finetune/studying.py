@@ -1,0 +1,214 @@
+"""A search's study, in optuna: which trial is next, how it is trained, and when it is given up."""
+
+import itertools
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from transformers import TrainerCallback
+
+from fastft.finetune import UserError, assets, examples, run_folder, running, tasks
+from fastft.finetune.run_folder import RunFolder
+from fastft.finetune.search import SearchConfig, is_range
+from fastft.finetune.train import TrainConfig
+
+_REASON = "reason"  # of a trial that failed: not one that was interrupted
+
+
+def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
+    """The study in a search's folder; what was interrupted there is put in line again."""
+    with _quiet(), run_folder.readable(str(folder.path)):
+        found = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(folder.path / "study.journal"))),
+            study_name="search",
+            direction="maximize" if maximised(config) else "minimize",
+            pruner=_pruner(config),
+            load_if_exists=True,
+        )
+        for trial in found.get_trials(deepcopy=False):
+            if trial.state == TrialState.RUNNING:  # its process was killed
+                found.tell(trial.number, state=TrialState.FAIL)
+        if config.sampler == "grid":
+            _queue_grid(found, config)
+        else:
+            trials = found.get_trials(deepcopy=False)
+            if trials and _is_interrupted(trials[-1]) and trials[-1].params:
+                found.enqueue_trial(trials[-1].params)
+    return found
+
+
+def _queue_grid(study: optuna.Study, config: SearchConfig) -> None:
+    # Not optuna's GridSampler: it takes a combination that was interrupted for done.
+    space = config.searched()
+    grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    random.Random(config.seed).shuffle(grid)  # fewer trials than combinations see all of it
+    seen = [
+        t.system_attrs.get("fixed_params") for t in study.get_trials() if not _is_interrupted(t)
+    ]
+    for combination in grid:
+        if combination not in seen:
+            study.enqueue_trial(combination)
+
+
+def run(study: optuna.Study, config: SearchConfig, space: dict, folder: RunFolder) -> None:
+    """Trains trials until there are config.trials, or the grid is done.
+
+    Raises: KeyboardInterrupt after Ctrl-C.
+    """
+    total = config.trials
+    if config.sampler == "grid":
+        total = min(total, math.prod(map(len, space.values())))
+    while (number := len(finished(study))) < total:
+        study.sampler = _sampler(config, number)
+        with _quiet():
+            trial = study.ask()
+            chosen = {name: _suggest(trial, name, values) for name, values in space.items()}
+        print(f"trial {trial.number}, {number + 1} of {total}: {_shown(chosen)}", flush=True)
+        try:
+            output = str(trial_folder(folder, trial).path)
+            score = _train(trial, config.train_config(output=output, **chosen))
+        except optuna.TrialPruned:
+            print(f"trial {trial.number}: pruned")
+            _end(study, trial, folder, state=TrialState.PRUNED)
+        except UserError as error:
+            assets.say(f"trial {trial.number}: {error}")
+            trial.set_user_attr(_REASON, str(error))
+            _end(study, trial, folder, state=TrialState.FAIL)
+        except KeyboardInterrupt:
+            _end(study, trial, folder, state=TrialState.FAIL)
+            raise
+        else:
+            _end(study, trial, folder, values=score)
+            if study.best_trial.number == trial.number:
+                best = settings(config, folder, trial)
+                folder.write("best.yaml", run_folder.yaml_of(best))
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that need no repeating, in their order."""
+    trials = study.get_trials(deepcopy=False)
+    return [t for t in trials if t.state.is_finished() and not _is_interrupted(t)]
+
+
+def maximised(config) -> bool:
+    return tasks.of(config.task).BEST != "loss"
+
+
+def trial_folder(folder: RunFolder, trial) -> RunFolder:
+    return RunFolder(folder.path / "trials" / str(trial.number))
+
+
+def settings(config: SearchConfig, folder: RunFolder, trial) -> TrainConfig:
+    """What `fastft train` would be asked for, to do again in a new folder what trial did."""
+    return config.train_config(**trial.params, output=f"{folder.path}-best")
+
+
+def line(trial: FrozenTrial) -> dict:
+    """A trial as metrics.json and the table have it."""
+    found = {"trial": trial.number, "state": trial.state.name.lower(), "score": trial.value}
+    if _REASON in trial.user_attrs:
+        found["reason"] = trial.user_attrs[_REASON]
+    return found | {"settings": trial.params, "evaluations": trial.intermediate_values}
+
+
+def importance(study: optuna.Study) -> dict[str, float]:
+    """The share of each setting in what made trials good or bad (PED-ANOVA, arXiv 2304.10255).
+
+    Empty where too few trials, or all with one score, tell nothing.
+    """
+    values = {t.value for t in study.get_trials(states=[TrialState.COMPLETE], deepcopy=False)}
+    if len(values) < 2:
+        return {}
+    with _quiet():
+        found = optuna.importance.get_param_importances(study)
+    return {name: float(value) for name, value in found.items()}
+
+
+class _Watch(TrainerCallback):
+    """Tells the study what each evaluation found, and ends a trial that it gives up."""
+
+    def __init__(self, trial: optuna.Trial, metric: str):
+        self.trial, self.metric, self.count = trial, metric, 0
+
+    def on_evaluate(self, args, state, control, metrics=None, **more):
+        # By its number: steps of trials with other batch sizes are not the same point.
+        self.count += 1
+        self.trial.report(metrics[self.metric], self.count)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
+
+
+def _train(trial: optuna.Trial, config) -> float:
+    metric = tasks.of(config.task).BEST
+    prepared = running.prepare(config, examples.read(config))
+    started = run_folder.start(config, examples.files(config))
+    watch = _Watch(trial, f"eval_{metric}")
+    score = running.run(prepared, started, [watch]).metrics["validation"][metric]
+    if not math.isfinite(score):
+        raise UserError(f"the validation {metric} is {score}")
+    return score
+
+
+def _end(study: optuna.Study, trial: optuna.Trial, folder: RunFolder, **told) -> None:
+    with _quiet():
+        study.tell(trial, **told)
+    if "state" in told:
+        shutil.rmtree(trial_folder(folder, trial).checkpoints, ignore_errors=True)
+    for other in study.get_trials(deepcopy=False):
+        if other.state != TrialState.COMPLETE or other.number != study.best_trial.number:
+            shutil.rmtree(trial_folder(folder, other).model, ignore_errors=True)
+
+
+def _shown(chosen: dict) -> str:
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in chosen.items()
+    )
+
+
+def _is_interrupted(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and _REASON not in trial.user_attrs
+
+
+def _startup(config: SearchConfig) -> int:
+    return config.startup or min(10, max(2, config.trials // 3))
+
+
+def _pruner(config: SearchConfig):
+    if config.pruning == "none":
+        return optuna.pruners.NopPruner()
+    return optuna.pruners.MedianPruner(n_startup_trials=_startup(config))
+
+
+def _sampler(config: SearchConfig, number: int):
+    # A sampler's own state is not in the study: seeded anew, trials after an interruption would be
+    # those of the beginning again. So each has a seed of its own.
+    seed = (1_000_003 * config.seed + number) % 2**32
+    if config.sampler == "tpe":
+        return optuna.samplers.TPESampler(n_startup_trials=_startup(config), seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)  # a grid's trials wait in the study
+
+
+def _suggest(trial: optuna.Trial, name: str, values: list):
+    if not is_range(values):
+        return trial.suggest_categorical(name, values)
+    low, high, way = values
+    suggest = trial.suggest_int if isinstance(low, int) else trial.suggest_float
+    return suggest(name, low, high, log=way == "log")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without optuna's own lines, which are ours in other words."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
