@@ -1,6 +1,6 @@
 """What each workflow of the command line gives on real models and data, and what it costs.
 
-`python -m bench.workflows` runs them all (about 20 minutes on two cores), `--only NAME ...` some.
+`python -m bench.workflows` runs them all on the CPU, `--only NAME ...` some.
 Every number comes from a command as a user would type it (`fastft train ...`), in a process of its
 own, by the defaults of the settings wherever the section names no other. The tables go to
 bench/results/workflows-cpu.md, each under its section, and what is not run anew stays there.
@@ -316,7 +316,7 @@ def machine() -> str:
     cpu = torch.backends.cpu.get_cpu_capability()
     names = ("transformers", "peft", "trl", "datasets")
     return (
-        f"{platform.machine()}, {cpu}, {torch.get_num_threads()} threads; Python "
+        f"{platform.machine()}, {cpu}, threads: {torch.get_num_threads()}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{name} {version(name)}" for name in names)
     )
