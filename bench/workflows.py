@@ -19,12 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/workflows-cpu.md"
+THREADS = 2  # of each command; --threads 1 where others compute too: a team of two waits spinning
 MINILM, SMOLLM = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
 
 
 def fastft(command: str, output: Path, **settings) -> dict:
     """Runs `fastft command` with settings as flags; gives its metrics.json."""
-    flags = ["--output", str(output)]
+    flags = ["--output", str(output), "--threads", str(THREADS)]
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
@@ -316,7 +317,7 @@ def machine() -> str:
     cpu = torch.backends.cpu.get_cpu_capability()
     names = ("transformers", "peft", "trl", "datasets")
     return (
-        f"{platform.machine()}, {cpu}, threads: {torch.get_num_threads()}; Python "
+        f"{platform.machine()}, {cpu}, threads: {THREADS}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{name} {version(name)}" for name in names)
     )
@@ -342,9 +343,13 @@ def save(sections: dict[str, str]) -> None:
 
 
 def main() -> None:
+    global THREADS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    for name in parser.parse_args().only:
+    parser.add_argument("--threads", type=int, default=THREADS, help="of each command")
+    args = parser.parse_args()
+    THREADS = args.threads
+    for name in args.only:
         title, run = SECTIONS[name]
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as work:
