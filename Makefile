@@ -31,7 +31,7 @@ demo: $(BUILT)  ## fine-tune a real model with and without fastft, and compare
 	$(VENV)/bin/fastft demo $(ARGS)
 
 test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
-	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
 	$(PY) -m pytest bench -s $(ARGS)

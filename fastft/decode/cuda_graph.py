@@ -145,7 +145,7 @@ class GraphStep(FusedStep):
         tensors += [fused.head.weight.values, fused.head.weight.scale, fused.head.bias]
         tensors += [t for a in fused.head.adapters if a is not None for t in (a.a, a.b)]
         for layer in fused.layers:
-            norms, linears, adapters, _ = layer.arguments
+            norms, linears, adapters, *_ = layer.arguments
             tensors += [*norms, *linears, *adapters]
         return [t for t in tensors if t is not None]
 

@@ -158,7 +158,15 @@ def test_resuming_gives_the_uninterrupted_weights(config, tmp_path, monkeypatch,
         train(replace(broken, resume=True))
 
 
-def test_an_interruption_keeps_the_step(config, monkeypatch, capsys):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_keeps_the_step(config, monkeypatch, capsys, interruptible):
     from transformers import Trainer
 
     step, count = Trainer.training_step, []
