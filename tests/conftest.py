@@ -15,6 +15,11 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cuda", help="where tests/gpu runs: cuda or cpu")
 
 
+def pytest_collection_modifyitems(items):
+    # The files that compile take minutes: first, so that no process waits for them at the end.
+    items.sort(key=lambda item: item.path.name not in ("test_cuda.py", "test_kernels.py"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _fixed_threads(request):
     # Processes of pytest-xdist share the cores: threads that wait for each other would take turns.
