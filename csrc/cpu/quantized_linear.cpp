@@ -161,13 +161,18 @@ struct Finish {
   int count;  // outputs that exist
 };
 
-Finish finish_at(const QuantizedLinear& a, int64_t first) {
+inline Finish finish_at(const QuantizedLinear& a, int64_t first) {
   Finish f{broadcast(1.f), Vec{}, a.rank ? a.lora_scale : 0.f,
            int(std::min<int64_t>(kChannels, a.out - first))};
-  for (int c = 0; c < f.count; ++c) {
-    if (a.bias.data) f.bias[c] = float_at(a.bias, first + c);
-    if (a.layout == WeightLayout::int8)
-      f.scale[c] = static_cast<const float*>(a.scale)[(first + c) * a.scale_stride];
+  for (int c = 0; a.bias.data && c < f.count; ++c) f.bias[c] = float_at(a.bias, first + c);
+  if (a.layout != WeightLayout::int8) return f;
+  const float* scale = static_cast<const float*>(a.scale) + first * a.scale_stride;
+  if (a.scale_stride == 1 && f.count == kChannels) {
+    // At once: lane by lane it would take as long as a short row.
+    f.scale = Vec{};
+    std::memcpy(&f.scale, scale, sizeof(float) * kChannels);
+  } else {
+    for (int c = 0; c < f.count; ++c) f.scale[c] = scale[c * a.scale_stride];
   }
   return f;
 }

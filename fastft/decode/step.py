@@ -48,10 +48,9 @@ class FusedStep:
         if adapter_names is not None:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
-        copies = stored and any(reading.DECODE_WEIGHT in vars(m) for m in model.modules())
-        if adapter_names is not None:
+        if adapter_names is not None or reading.confirmed(model):
             return
-        if copies:
+        if stored and any(reading.DECODE_WEIGHT in vars(m) for m in model.modules()):
             # They differ from the model by design; what they are copies of must not.
             FusedStep(model, stored=False)
         else:

@@ -99,7 +99,7 @@ class DecoderLayer:
 
     @cached_property
     def plan(self) -> Tensor:
-        """What the CPU's kernels read of it: holds addresses of its tensors, and lives with them."""
+        """What the CPU's kernels read: addresses of its tensors, which must live as long."""
         norms, linears, adapters, scales, rounds = self.arguments
         return _decoder_plan(
             linears, norms, adapters, scales, rounds, self.heads,
@@ -208,8 +208,8 @@ def _decoder_layer(
     return x + apply(h, last, 1)
 
 
-# A layer's weights checked once, and several layers in one call: a step of decoding has little to do
-# in each, and to hand over forty tensors of a layer takes as long as some of its kernels.
+# A layer's weights checked once, and several layers in one call: a step of decoding has little to
+# do in each, and to hand over forty tensors of a layer takes as long as some of its kernels.
 _decoder_plan = kernel_only(
     "decoder_plan(Tensor?[] linears, Tensor?[] norms, Tensor?[] adapters, float[] adapter_scales,"
     " bool round_inputs, int heads, int activation, bool gated, bool center, float eps,"
