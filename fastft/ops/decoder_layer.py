@@ -231,8 +231,8 @@ def decoder_layers(
 ) -> Tensor:
     """The layers one after the other, as `decoder_layer` computes each: (tokens, hidden).
 
-    On the CPU's kernels this is one call, with the same bits. A layer's `plan` keeps the places of
-    its weights, so weights written in place are seen, and those put elsewhere are not.
+    On the CPU's kernels this is one call, with the same bits. A layer's `plan` keeps the addresses
+    of its tensors: weights written in place are seen, and none of the tensors may be `set_` anew.
     Raises: RuntimeError that names the argument.
     """
     if extension is not None and x.is_cpu and x.dtype is torch.float32 and layers:

@@ -132,6 +132,9 @@ def test_weights_that_were_trained_are_seen_and_those_that_moved(log):
     held = ours.fused.layers[0].linears[3].weight.values
     held.set_(held.clone().mul_(3))
     eager.fused.layers[0].linears[3].weight.values.set_(held)
+    vars(eager.fused.layers[0]).pop(
+        "plan"
+    )  # the CPU's kernels keep addresses of a step's own tensors
     for _ in range(2):
         both(feed(1))
     assert log == ["replay", "new", "warm-up", "capture", "replay"]
