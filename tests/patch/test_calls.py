@@ -1,6 +1,7 @@
 """Every way to call a causal language model: patched gives what unpatched gives."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -233,6 +234,21 @@ def test_flattened_batch_with_checkpointing():
     patch(model)
     compare(model, dict(flattened(return_flash_attn_kwargs=True)))
     compare(model, batch("left"))
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([own_name(), "past_key_values"]))
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_given_cache_is_filled(name, trained):
+    """By the name before transformers 5.24 too, which its forwards still take."""
+    model, inputs, found = model_of().train(trained), batch("right"), []
+    real = inputs["attention_mask"].bool()
+    for context in (switched_off(model), nullcontext()):
+        cache = DynamicCache(config=model.config)
+        with context:
+            output = model(**inputs, **{name: cache})
+        assert output[own_name()] is cache and cache.get_seq_length() == 11
+        found.append((output.loss, cache.layers[1].keys.transpose(1, 2)[real]))
+    assert_same(*found)
 
 
 def test_backward_twice():
