@@ -35,7 +35,9 @@ class BenchConfig(Config):
     method: Literal[tuple(LEARNING_RATES)] = option("lora", "which weights are trained")
     rank: int = option(8, "lora, dora, qlora: rank of the update", least=1)
     batch_size: int = option(8, "rows of a step", least=1)
-    max_length: int = option(256, "tokens per row, at most", least=4)
+    max_length: int | None = option(
+        None, "tokens per row; default: the model's, at most 256", least=4
+    )
     packing: bool = option(False, "lm, sft: fill every row with several texts")
     text_column: str | None = option(None, "where texts are; default: text (ner: tokens)")
     label_column: str | None = option(None, "where labels are; default: label (ner: tags)")

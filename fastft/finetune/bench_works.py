@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fastft.decode.generate import generate
-from fastft.finetune import UserError, data, demo, memory_use, reading, running, tasks
+from fastft.finetune import (
+    UserError,
+    data,
+    demo,
+    examples,
+    loading,
+    memory_use,
+    reading,
+    running,
+    tasks,
+)
 from fastft.finetune.bench import SIDES, BenchConfig
 from fastft.finetune.train import TrainConfig
 from fastft.patch import patch, verify
 
 # Rows that are read for each that is used: some are too long, packed ones hold several.
 _SPARE = 4
+_LONGEST = 256  # tokens of a row, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,10 @@ class Material:
 
 def load(config: BenchConfig) -> Material:
     """The same in every process. Raises: UserError."""
-    names = {item.name for item in fields(TrainConfig)} & {item.name for item in fields(config)}
-    same = {name: getattr(config, name) for name in names - {"output", "base_weights"}}
     rows = reading.splits(config.data)["train"]
     count = min(len(rows), _SPARE * (config.rounds + 1) * config.batch_size)
     rows = rows.select(data.shuffled(len(rows), config.seed)[:count])
-    prepared = running.prepare(TrainConfig(**same, validation=0.0, patch=False), {"train": rows})
+    prepared = running.prepare(_train_config(config), {"train": rows})
     encoded, model = prepared.datasets["train"], prepared.model.to(_device())
     collate = tasks.of(config.task).collator(prepared.tokenizer, prepared.config)
     turns, size = config.rounds + 1, config.batch_size
@@ -69,6 +78,17 @@ def load(config: BenchConfig) -> Material:
             if hasattr(module, "generation_config"):
                 module.generation_config = settings
     return Material(model, batches, prompts)
+
+
+def _train_config(config: BenchConfig) -> TrainConfig:
+    names = {item.name for item in fields(TrainConfig)} & {item.name for item in fields(config)}
+    same = {name: getattr(config, name) for name in names - {"output", "base_weights"}}
+    asked = TrainConfig(**same, validation=0.0, patch=False)
+    if asked.max_length is None:
+        tokenizer = running.load_tokenizer(asked)
+        most = examples.limit(asked, tokenizer, loading.load_config(asked.model))
+        asked.max_length = min(most, _LONGEST)
+    return asked
 
 
 def compare(material: Material, config: BenchConfig) -> dict[str, float]:

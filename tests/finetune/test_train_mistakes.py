@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from finetune import tiny
 
 from fastft import cli
 from fastft.finetune import UserError, train
+from fastft.finetune.run_folder import readable
 
 
 def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
@@ -78,3 +80,29 @@ def test_the_command(shared, tmp_path, capsys):
     assert "f1_macro" in shown and "2 steps" in shown
     assert cli.main(["train", str(settings), "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "write", [lambda path: path.write_text("a" * 10**6), "safetensors", 10, 10**5]
+)
+def test_a_full_disk_is_one_sentence(write):
+    """Each writer has an exception of its own for it."""
+    from safetensors.torch import save_file
+
+    full = Path("/dev/full")
+    with pytest.raises(UserError, match="^here: .*(No space left|disk full)") as raised:
+        with readable("here"):
+            if callable(write):
+                write(full)
+            elif write == "safetensors":
+                save_file({"a": torch.zeros(9)}, full)
+            else:
+                torch.save(torch.zeros(write), str(full))
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="mine"):
+        with readable("here"):
+            raise RuntimeError("mine")
