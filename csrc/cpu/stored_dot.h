@@ -162,8 +162,8 @@ void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unp
 template <class Weights>
 void sum_rounded_tile(const Weights* w, int quads, const RoundedTile& x, int64_t in, Sums* sums) {
   for (int q = 0; q < quads; ++q)
-    for (int row = 0; row < x.rows; row += kMaxRows)
-      dot_run_rows<kMaxRows>(w[q], x, row, std::min(kMaxRows, x.rows - row), in, sums[q] + row);
+    for (int row = 0; row < x.rows; row += kRoundedRows)
+      dot_run_rows(w[q], x, row, std::min(kRoundedRows, x.rows - row), in, sums[q] + row);
 }
 
 // One row of any type as float32, padded with zeros to whole vectors.
@@ -172,6 +172,15 @@ inline void to_floats(const FloatRows& in, int64_t row, int64_t first, int64_t c
     const auto* data = static_cast<const decltype(element)*>(in.data) + row * in.stride + first;
     for_each_vec(count, [&](int64_t i, auto n) { store(out + i, load(data + i, n)); });
   });
+}
+
+// The first number of a row.
+inline float float_at(const FloatRows& in, int64_t row) {
+  float out = 0.f;
+  by_dtype(in.dtype, [&](auto element) {
+    out = to_float(static_cast<const decltype(element)*>(in.data)[row * in.stride]);
+  });
+  return out;
 }
 
 }  // namespace fastft::FASTFT_ISA
