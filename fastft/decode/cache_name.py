@@ -20,18 +20,18 @@ def cache_in(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[n] for n in NAMES if arguments.get(n) is not None), None)
 
 
+def renamed(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arguments of a call with the cache, where it has one, by this name."""
+    if all(arguments.get(given) is not None for given in NAMES):
+        raise TypeError(f"cache: expected under one name, got it as {' and as '.join(NAMES)}")
+    held = cache_in(arguments)
+    rest = {given: value for given, value in arguments.items() if given not in NAMES}
+    return rest if held is None else rest | {name: held}
+
+
 @cache
 def own_name() -> str:
     """The name in the installed transformers, of whose outputs this is the plainest."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return cache_name(BaseModelOutputWithPast.__dataclass_fields__)
-
-
-def by_own_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of generate, as the installed transformers takes them."""
-    if all(arguments.get(name) is not None for name in NAMES):
-        raise TypeError(f"cache: expected under one name, got it as {' and as '.join(NAMES)}")
-    given = cache_in(arguments)
-    rest = {name: value for name, value in arguments.items() if name not in NAMES}
-    return rest if given is None else rest | {own_name(): given}

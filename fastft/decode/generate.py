@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from fastft.decode import layers as reading
-from fastft.decode.cache_name import by_own_name
+from fastft.decode.cache_name import own_name, renamed
 from fastft.decode.cuda_graph import fused_step
 from fastft.decode.exit_head import ExitHead
 from fastft.decode.loop import Run
@@ -29,7 +29,7 @@ def _merged(inputs, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, An
     """A tokenizer's output is keywords too."""
     if isinstance(inputs, Mapping):
         kwargs, inputs = {**inputs, **kwargs}, None
-    return inputs, by_own_name(kwargs)
+    return inputs, renamed(kwargs, own_name())
 
 
 def _begin(model, inputs, generation_config, speculation, seed, adapter_names, kwargs) -> Run:

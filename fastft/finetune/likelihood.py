@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastft.decode.cache_name import own_name
 from fastft.finetune import UserError
 
 # Content-free inputs of Zhao et al. 2021, in the place of the text.
@@ -175,8 +176,10 @@ def _forward(model: nn.Module, cache, ids: Tensor, keep: int = 0) -> tuple[Tenso
     if cache is not None and _learned_prompt(model):
         # It stands in the cache; PEFT would put it before these tokens again.
         model = model.get_base_model()
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    held = getattr(out, "past_key_values", None)
+    # Named only where there is one: PEFT gives a learned prefix as the cache.
+    given = {} if cache is None else {own_name(): cache}
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=keep, **given)
+    held = getattr(out, own_name(), None)
     if not hasattr(held, "batch_select_indices"):
         raise UserError(
             f"{type(model).__name__} keeps no key-value cache, by which labels are compared"

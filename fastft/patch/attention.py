@@ -5,7 +5,7 @@ registered without its mask would silently get no mask at all.
 """
 
 import inspect
-from types import FunctionType
+from types import CellType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -127,14 +127,15 @@ def forward(module: nn.Module, *args, **kwargs):
 
 def is_candidate(module: nn.Module) -> bool:
     """Its forward calls the rotary function that its file defines."""
-    function = type(module).forward
+    function = inspect.unwrap(type(module).forward)
     code = getattr(function, "__code__", None)
     return code is not None and _ROTARY in code.co_names and _ROTARY in function.__globals__
 
 
 def recognise(module: nn.Module) -> FunctionType:
     """The class's forward with the rotary embedding swapped; Unlike if that is another formula."""
-    function = type(module).forward
+    decorated = type(module).forward
+    function = inspect.unwrap(decorated)
     original = function.__globals__[_ROTARY]
     parameters = list(inspect.signature(original).parameters)
     if parameters[:4] != ["q", "k", "cos", "sin"]:
@@ -153,4 +154,22 @@ def recognise(module: nn.Module) -> FunctionType:
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )
     swapped.__kwdefaults__ = function.__kwdefaults__
-    return swapped
+    return _decorated_alike(decorated, swapped)
+
+
+def _decorated_alike(function: FunctionType, swapped: FunctionType) -> FunctionType:
+    """A copy of the decorators around a function, as transformers' own for renamed arguments, with
+    swapped in its place."""
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        return swapped
+    cells = getattr(function, "__closure__", None) or ()
+    if not any(cell.cell_contents is inner for cell in cells):
+        raise Unlike("rotary embedding kept: its forward is decorated in a way that is not known")
+    around = CellType(_decorated_alike(inner, swapped))
+    closure = tuple(around if cell.cell_contents is inner else cell for cell in cells)
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastft.decode.cache_name import NAMES, cache_in
 from fastft.library import autocast_dtype
 from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
 from fastft.patch import packing as packings
@@ -21,7 +22,7 @@ from fastft.patch.lazy import LazyLogits
 from fastft.patch.lora import as_lora_linear
 from fastft.patch.swap import is_hooked, original_forward, swap_of
 
-_FIELDS = {"loss", "logits", "past_key_values", "hidden_states", "attentions", "cross_attentions"}
+_FIELDS = {"loss", "logits", *NAMES, "hidden_states", "attentions", "cross_attentions"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _forward(module, head: Head, arguments: dict):
 def _needs_cache(module, arguments: dict) -> bool:
     """A cache is given, or is one of the outputs in front of others that were asked for."""
     return (
-        arguments.get("past_key_values") is not None
+        cache_in(arguments) is not None
         or padding.asks(arguments, module.config, "output_hidden_states")
         or padding.asks(arguments, module.config, "output_attentions")
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastft.decode.cache_name import NAMES, cache_in, cache_name, renamed
 from fastft.patch.attention import NAME
 from fastft.patch.confirm import Unlike, relative, undisturbed
 from fastft.patch.packing import (
@@ -29,9 +30,7 @@ from fastft.patch.packing import (
 from fastft.patch.recomputation import held
 from fastft.patch.swap import original_forward, swap, swap_of, switched_off, undo
 
-_FIELDS = {
-    "last_hidden_state", "past_key_values", "hidden_states", "attentions", "cross_attentions",
-}  # fmt: skip
+_FIELDS = {"last_hidden_state", *NAMES, "hidden_states", "attentions", "cross_attentions"}
 _POOLED = _FIELDS | {"pooler_output"}
 _PER_TOKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 
@@ -46,9 +45,12 @@ class Padding:
 
 def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of a forward by name, with those of its own **kwargs among them."""
-    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    named = dict(list(bound.items())[1:])
-    for name, parameter in inspect.signature(type(module).forward).parameters.items():
+    signature = inspect.signature(type(module).forward)
+    own = cache_name(signature.parameters)
+    if own is not None and own not in kwargs:
+        kwargs = renamed(kwargs, own)  # as transformers does around the forward
+    named = dict(list(signature.bind(module, *args, **kwargs).arguments.items())[1:])
+    for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))
     return named
@@ -72,7 +74,7 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
         or not isinstance(tokens, Tensor)
         or mask.dim() != 2
         or mask.shape != tokens.shape[:2]
-        or arguments.get("past_key_values") is not None
+        or cache_in(arguments) is not None
         or (keeps_cache if use_cache is None else use_cache)
         or arguments.get("cu_seq_lens_q") is not None
         or asks(arguments, config, "output_attentions")

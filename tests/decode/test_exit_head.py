@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fastft
+from fastft.decode.cache_name import own_name
 from fastft.decode.draft_length import DraftLength
 from fastft.decode.exit_head import OUTSIDE, ExitHead
 from fastft.decode.generate import generate
@@ -168,10 +169,8 @@ def test_a_second_turn_equals_a_fresh_one():
     inputs = {"input_ids": inputs, "attention_mask": mask}
     fresh = generate(model, inputs, **settings).sequences
     for speculation in (None, head):
-        cache = copy.deepcopy(first.past_key_values)
-        held = generate(
-            model, inputs, speculation=speculation, past_key_values=cache, **settings
-        ).sequences
+        cache = copy.deepcopy(first[own_name()])
+        held = generate(model, inputs, speculation=speculation, cache=cache, **settings).sequences
         assert torch.equal(held, fresh)
 
 

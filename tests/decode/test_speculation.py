@@ -6,6 +6,7 @@ from decoders import FUSED, EveryDraft, padded, prompt, tiny
 
 import fastft
 from fastft.decode import loop, weights
+from fastft.decode.cache_name import own_name
 from fastft.decode.exit_head import ExitHead
 
 KINDS = ("prompt_lookup", "draft", "modules", "exit")
@@ -144,8 +145,8 @@ def test_a_perfect_draft_that_ends_in_the_middle():
         plain = fastft.generate(model, x, max_new_tokens=20, **kwargs)
         ours = fastft.generate(model, x, max_new_tokens=20, **kwargs, speculation=model)
         assert ours.sequences.tolist() == plain.sequences.tolist()
-        assert ours.past_key_values.lengths == plain.past_key_values.lengths
-        assert ours.past_key_values.tokens == plain.past_key_values.tokens
+        assert ours[own_name()].lengths == plain[own_name()].lengths
+        assert ours[own_name()].tokens == plain[own_name()].tokens
         if "output_scores" in kwargs:
             assert len(ours.scores) == len(plain.scores)
             assert all(map(torch.equal, ours.scores, plain.scores))  # zeros behind a row's end

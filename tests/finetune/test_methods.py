@@ -121,6 +121,30 @@ def test_method(name, task, method, tmp_path):
         torch.testing.assert_close(gradient, wanted[parameter], rtol=1e-4, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_virtual_tokens_are_read_once_while_generating(name, method, tmp_path):
+    model = methods.apply(model_of(name, "lm"), settings(method), "lm").eval()
+    torch.nn.init.normal_(model.prompt_encoder.default.embedding.weight)
+    methods.save(model, tmp_path)
+    ids = torch.tensor([[5, 9, 3, 7]])
+    wanted = ids
+    with torch.no_grad():
+        for _ in range(6):
+            mask = torch.ones_like(wanted)
+            last = model(input_ids=wanted, attention_mask=mask).logits[:, -1]
+            wanted = torch.cat((wanted, last.argmax(-1, keepdim=True)), 1)
+    asked = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert not torch.equal(model.get_base_model().generate(ids, **asked), wanted)
+    loaded = methods.load(model_of(name, "lm"), tmp_path)
+    for each in (model, copy.deepcopy(model), loaded):
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(each.generate(**given, **asked), wanted)
+        assert torch.equal(fastft.generate(each, given, **asked).sequences, wanted)
+        fastft.patch(each)
+        assert torch.equal(each.generate(**given, **asked), wanted)
+
+
 @pytest.mark.parametrize("name", encoders.ENCODERS)
 @pytest.mark.parametrize("method", ["top-layers", "lora", "adapter", "prompt", "prefix", "ia3"])
 def test_other_encoders_train_or_say_why_not(name, method):

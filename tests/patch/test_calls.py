@@ -1,6 +1,7 @@
 """Every way to call a causal language model: patched gives what unpatched gives."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
+from fastft.decode.cache_name import own_name
 from fastft.patch import patch
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.swap import switched_off
 
-_CACHE = "past_key_values"
 NAMES = ["llama", "gpt2", "gemma2"]
 
 
@@ -39,7 +40,9 @@ def assert_same(got, wanted, real=None, tolerance=1e-4):
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     elif isinstance(wanted, dict):
         # A training step that does not ask for a cache gets none, where that moves no other field.
-        names = list(wanted) if len(wanted) > 3 else [n for n in wanted if n != _CACHE or n in got]
+        names = (
+            list(wanted) if len(wanted) > 3 else [n for n in wanted if n != own_name() or n in got]
+        )
         assert list(got) == names
         for name in names:
             assert_same(_plain(got[name]), _plain(wanted[name]), real, tolerance)
@@ -231,6 +234,21 @@ def test_flattened_batch_with_checkpointing():
     patch(model)
     compare(model, dict(flattened(return_flash_attn_kwargs=True)))
     compare(model, batch("left"))
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([own_name(), "past_key_values"]))
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_given_cache_is_filled(name, trained):
+    """By the name before transformers 5.24 too, which its forwards still take."""
+    model, inputs, found = model_of().train(trained), batch("right"), []
+    real = inputs["attention_mask"].bool()
+    for context in (switched_off(model), nullcontext()):
+        cache = DynamicCache(config=model.config)
+        with context:
+            output = model(**inputs, **{name: cache})
+        assert output[own_name()] is cache and cache.get_seq_length() == 11
+        found.append((output.loss, cache.layers[1].keys.transpose(1, 2)[real]))
+    assert_same(*found)
 
 
 def test_backward_twice():

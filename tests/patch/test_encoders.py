@@ -8,6 +8,7 @@ from encoders import CLASSES, DECODERS, ENCODERS, HEADS, batch, encoder
 from peft import LoraConfig, get_peft_model
 
 import fastft
+from fastft.finetune.methods.cache_for_peft import name_cache
 from fastft.patch import packing
 from fastft.patch.lazy import LazyLogits
 
@@ -276,7 +277,8 @@ def test_ways_of_training(name, train):
     elif train == "prompt":
         model = get_peft_model(model, peft.PromptTuningConfig("SEQ_CLS", num_virtual_tokens=3))
     elif train == "prefix":
-        model = get_peft_model(model, peft.PrefixTuningConfig("SEQ_CLS", num_virtual_tokens=3))
+        config = peft.PrefixTuningConfig("SEQ_CLS", num_virtual_tokens=3)
+        model = name_cache(get_peft_model(model, config))
     model.eval()  # prompt encoders draw nothing there, and gradients flow all the same
     wanted = step(model, inputs)
     fastft.patch(model)

@@ -1,6 +1,7 @@
 """patch on tiny models of many architectures: same results, real swaps, exact undo."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -304,3 +305,45 @@ def test_hooks_that_compute_a_weight_run_when_patch_tries():
             torch.nn.utils.prune.random_unstructured(module, "weight", 0.5)
             module.weight = torch.full_like(module.weight, torch.nan)  # made by its hook
     assert [e for e in patch(model).swapped if e.operator == "padding"]
+
+
+def renaming(function):
+    """As transformers decorates a forward whose argument has a new name."""
+
+    @functools.wraps(function)
+    def forward(self, *args, **kwargs):
+        if "states" in kwargs:
+            kwargs["hidden_states"] = kwargs.pop("states")
+        return function(self, *args, **kwargs)
+
+    return forward
+
+
+class OpaqueDecorator:
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else functools.partial(self.__wrapped__, instance)
+
+    def __call__(self, *args, **kwargs):
+        return self.__wrapped__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("decorate", [lambda f: renaming(renaming(f)), OpaqueDecorator])
+def test_a_decorated_forward_keeps_its_decorators(decorate):
+    model = causal_lm("llama").train()
+    for layer in model.model.layers:
+        own = type(layer.self_attn)
+        layer.self_attn.__class__ = type("Decorated", (own,), {"forward": decorate(own.forward)})
+    report = patch(model)
+    known = decorate is not OpaqueDecorator
+    assert report.count("rotary") == 2 * known, str(report)
+    assert known or any("decorated" in left.reason for left in report.left), str(report)
+    assert_same_step(model, batch("right"))
+    if known:
+        attention = model.model.layers[0].self_attn
+        x = torch.randn(1, 4, 32)
+        places = model.model.rotary_emb(x, torch.arange(4)[None])
+        by_name, wanted = attention(states=x, position_embeddings=places), attention(x, places)
+        assert torch.equal(by_name[0], wanted[0])

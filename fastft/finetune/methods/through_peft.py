@@ -5,8 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
+from fastft.decode.cache_name import cache_name
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import layers
+from fastft.finetune.methods.cache_for_peft import name_cache
 
 TASK_TYPES = {"classify": "SEQ_CLS", "ner": "TOKEN_CLS", "lm": "CAUSAL_LM", "sft": "CAUSAL_LM"}
 
@@ -20,7 +22,7 @@ def wrap(model: nn.Module, config, task: str) -> nn.Module:
     peft = need("peft", f"method {config.method}")
     common = {"task_type": TASK_TYPES[task], "modules_to_save": layers.head(model, task) or None}
     if config.method in ("prompt", "prefix"):
-        return peft.get_peft_model(model, _virtual(peft, model, config, common))
+        return name_cache(peft.get_peft_model(model, _virtual(peft, model, config, common)))
     if config.method == "ia3":
         return peft.get_peft_model(model, _ia3(peft, model, config, common))
     quantised = getattr(model, "is_loaded_in_4bit", False)
@@ -88,7 +90,7 @@ def _virtual(peft, model: nn.Module, config, common: dict):
     if config.method == "prefix":
         if not _takes_prefix(model):
             raise UserError(
-                f"method prefix does not fit {type(model).__name__}, which takes no past_key_values"
+                f"method prefix does not fit {type(model).__name__}, which takes no cache"
             )
         return peft.PrefixTuningConfig(num_virtual_tokens=count, **common)
     if common["task_type"] == "SEQ_CLS" and _reads_last_token(model):
@@ -110,7 +112,7 @@ def _virtual(peft, model: nn.Module, config, common: dict):
 
 def _takes_prefix(model: nn.Module) -> bool:
     base = getattr(model, model.base_model_prefix, model)
-    return any("past_key_values" in inspect.signature(m.forward).parameters for m in (model, base))
+    return any(cache_name(inspect.signature(m.forward).parameters) for m in (model, base))
 
 
 def _reads_last_token(model: nn.Module) -> bool:
@@ -143,4 +145,4 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool) -> nn.Module:
         )
     if not trainable:
         wrapped.requires_grad_(False)  # PEFT leaves virtual tokens trainable
-    return wrapped
+    return name_cache(wrapped) if wrapped.active_peft_config.is_prompt_learning else wrapped
