@@ -236,7 +236,8 @@ def forgetting(work: Path) -> str:
     ways = {
         "plain": {},
         "replay": {"old_data": old, "replay": 0.5},
-        "ewc": {"old_data": old, "ewc": 1e4, "ewc_rows": 100},
+        # Of 30, 300, 1000 and 1e4 tried, the one in the middle: more keeps more and learns less.
+        "ewc": {"old_data": old, "ewc": 300.0, "ewc_rows": 100},
         "distill": {"distill": 1.0},
         "adapter": {"method": "lora", "adapter_name": "news", "learning_rate": 3e-3},
     }
@@ -259,7 +260,7 @@ def forgetting(work: Path) -> str:
     return (
         "The GPT-2 of the last section learns 3000 reviews, then 3000 sentences of news "
         "(CoNLL-2003's text) by `fastft train --model first ...`: plainly, with `--replay 0.5`, "
-        "`--ewc 1e4`, `--distill 1`, and as a LoRA adapter beside the first model "
+        "`--ewc 300`, `--distill 1`, and as a LoRA adapter beside the first model "
         "(`--adapter-name`). Test perplexity of both texts afterwards (`fastft evaluate`); the "
         "first row is before the news.\n\n" + table(rows)
     )

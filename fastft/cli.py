@@ -45,6 +45,12 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "merge",
         "an adapter merged into its model, checked; several adapters in one folder",
     ),
+    "bench": (
+        "fastft.finetune.bench",
+        "BenchConfig",
+        "bench",
+        "time a model on this machine, eager and patched: training, prediction, decoding",
+    ),
 }
 
 

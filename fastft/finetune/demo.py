@@ -8,8 +8,6 @@ one process, so each side also takes a step on the largest batch in a process of
 import copy
 import json
 import platform
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from fastft.finetune import UserError, assets, data, demo_report, floor
+from fastft.finetune import UserError, assets, data, demo_report, floor, fresh
 
 LEARNING_RATE = 5e-4
 SIDES = ("eager", "patched")
@@ -156,18 +154,8 @@ def train(models: dict[str, nn.Module], batches: list) -> dict[str, Curve]:
 
 def in_fresh_process(job: str, settings: Settings, **more) -> dict:
     """Runs fastft.finetune.demo_worker's job; its result."""
-    order = json.dumps({"job": job, "settings": asdict(settings), **more})
-    done = subprocess.run(
-        [sys.executable, "-m", "fastft.finetune.demo_worker", order],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        # Ctrl-C reaches this process alone, which then ends the other.
-        start_new_session=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the {job} process failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    order = {"job": job, "settings": asdict(settings), **more}
+    return fresh.run("fastft.finetune.demo_worker", order)
 
 
 def run(settings: Settings) -> dict:

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastft.finetune import UserError, data
-from fastft.finetune.reading import Row
+from fastft.finetune.readers import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +78,7 @@ def detect(rows: Iterable[Row]) -> str:
     listed = "; ".join(f"{name}: {', '.join(marks)}" for name, marks in MARKS.items())
     raise UserError(
         f"columns {', '.join(map(repr, columns))} are of no known format ({listed}); "
-        "name the one that holds the text as the text column"
+        "name the column of texts by text_column, and that of labels, if any, by label_column"
     )
 
 

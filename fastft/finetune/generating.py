@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastft.finetune import UserError, assets, loading, reading, table
 from fastft.finetune.config import option
 from fastft.finetune.data import pad_id
-from fastft.finetune.prompting import Examples, PromptConfig, Prompter
+from fastft.finetune.prompting import PromptConfig
+from fastft.finetune.serving import prompts_of, serving
 
 
 @dataclass(kw_only=True)
@@ -107,9 +108,10 @@ def generate(config: GenerateConfig) -> GenerateResult:
                 stats.append(done)
                 for index, sequence, text in batch:
                     row = {"index": index, "sequence": sequence}
-                    found.append(row | {"prompt": prompts.texts[index], "completion": text})
+                    row |= {"prompt": prompts.texts[index], "completion": text}
                     if target is not None or not stream:
-                        print(json.dumps(found[-1], ensure_ascii=False), file=out, flush=True)
+                        print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
+                    found.append(row)
         metrics = _summary(stats) | {"settings": asdict(config), "patch": report}
         if beside is not None:
             beside.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -124,47 +126,6 @@ def generate(config: GenerateConfig) -> GenerateResult:
     # The completions have standard output to themselves.
     assets.say(_table(metrics))
     return GenerateResult(found, metrics, target)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of rows, what wrote them, and the examples in each."""
-
-    prompter: Prompter
-    texts: list[str]
-    examples: list[list]
-
-
-def prompts_of(config: PromptConfig, rows: list[dict], tokenizer, named=lambda row: row) -> Prompts:
-    """The prompt of every row, with the examples that config asks for.
-
-    named: turns a row of the examples' file into what the templates see.
-    """
-    prompter = Prompter(config, list(rows[0]), tokenizer)
-    examples = [[] for _ in rows]
-    if config.shots:
-        held = Examples([named(row) for row in reading.rows(config.examples)], prompter, rows)
-        examples = [held.of(row, i) for i, row in enumerate(rows)]
-    texts = [prompter.prompt(row, own) for row, own in zip(rows, examples, strict=True)]
-    return Prompts(prompter, texts, examples)
-
-
-def serving(source: str, config) -> tuple[nn.Module, object, str | None]:
-    """A language model ready to run, its tokenizer, and patch's report.
-
-    config: has dtype, patch, threads, and perhaps decode_weights.
-    """
-    from fastft.patch import patch
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    tokenizer = loading.load_tokenizer(source)
-    model = loading.load_model(source, "lm", dtype=config.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if not config.patch:
-        return model, tokenizer, None
-    stored = getattr(config, "decode_weights", "none")
-    return model, tokenizer, str(patch(model, decode_weights=None if stored == "none" else stored))
 
 
 def _rows(config: GenerateConfig) -> list[dict]:

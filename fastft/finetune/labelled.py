@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from fastft.finetune import reading
+from fastft.finetune import readers
 from fastft.finetune.data import shuffled
 
 SENTIMENTS = ("negative", "positive")
@@ -29,4 +29,4 @@ def read_reviews(path: Path, source: str, held_out: int, seed: int = 0) -> tuple
 
 def read_conll(path: Path) -> list[tuple[list[str], list[str]]]:
     """Sentences, (words, tags), of a CoNLL file."""
-    return [(row["tokens"], row["tags"]) for row in reading.conll(path)]
+    return [(row["tokens"], row["tags"]) for row in readers.conll(path)]

@@ -76,6 +76,9 @@ def load_tokenizer(source: str | Path, *, words: bool = False):
             tokenizer = AutoTokenizer.from_pretrained(
                 place, trust_remote_code=False, add_prefix_space=True
             )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # transformers makes an empty one of a folder without its files, and every word is unknown.
+        raise UserError(f"{source}: holds no tokenizer (tokenizer.json, or its vocabulary)")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -17,7 +17,7 @@ Measured = tuple[dict, list[dict], list[str] | None, str | None]
 def by_prompt(config, source: str) -> Callable[..., Measured]:
     """Of an EvaluateConfig: labels by their likelihood after a prompt."""
     from fastft.finetune import prompted
-    from fastft.finetune.generating import serving
+    from fastft.finetune.serving import serving
 
     model, tokenizer, report = serving(source, config)
 

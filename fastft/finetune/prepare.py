@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
-from fastft.finetune import UserError, formats, prepare_report, reading, splitting
+from fastft.finetune import UserError, formats, prepare_report, readers, reading, splitting
 from fastft.finetune.cleaning import Filters, Normalization, repair
 from fastft.finetune.config import Config, option
 from fastft.finetune.duplicates import Near
 from fastft.finetune.formats import Format
-from fastft.finetune.reading import Row
+from fastft.finetune.readers import Row
 from fastft.finetune.sieve import Drop, Kept, Place, Rules, Sieve
 
 SHOWN = 200  # characters of a dropped text in dropped.jsonl
@@ -167,7 +167,7 @@ def _source(config: PrepareConfig) -> Source:
 
 
 def _rows(path: Path, config: PrepareConfig) -> Iterator[Row]:
-    rows = reading.records(path)
+    rows = readers.records(path)
     return _paragraphs(rows) if config.paragraphs and path.suffix == ".txt" else rows
 
 

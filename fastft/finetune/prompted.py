@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastft.finetune import UserError, likelihood, metrics
-from fastft.finetune.generating import Prompts, prompts_of
 from fastft.finetune.reading import column
+from fastft.finetune.serving import Prompts, prompts_of
 from fastft.finetune.tasks import classify
 
 

@@ -179,9 +179,15 @@ def readable(what: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or error}") from None
     except Exception as error:
-        # safetensors' and torch's writers have exceptions of their own for a full disk.
-        if os.strerror(errno.ENOSPC) in str(error):
+        # safetensors' and torch's writers have exceptions of their own for a full disk; torch's
+        # tells in the one before it that a write failed, and not why.
+        said = f"{error} {error.__context__}"
+        if os.strerror(errno.ENOSPC) in said:
             raise UserError(f"{what}: {os.strerror(errno.ENOSPC)}") from None
+        if any(mark in said for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
+            raise UserError(
+                f"{what}: a checkpoint could not be written; is the disk full?"
+            ) from None
         raise
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastft.finetune import formats
 from fastft.finetune.cleaning import Filters, reason_against
 from fastft.finetune.duplicates import Duplicates, Near
-from fastft.finetune.reading import Row
+from fastft.finetune.readers import Row
 
 
 @dataclass(frozen=True)

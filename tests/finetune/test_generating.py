@@ -147,3 +147,18 @@ def test_what_the_user_can_put_right(model, prompts, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no"):
         generate(GenerateConfig(model=model, prompts=prompts, output=str(new)))
     assert not new.exists()
+
+
+def test_a_disk_that_is_full_at_the_first_completion_leaves_nothing(
+    model, prompts, tmp_path, monkeypatch
+):
+    import errno
+
+    def full(*held, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastft.finetune.generating.print", full, raising=False)
+    new = tmp_path / "new.jsonl"
+    with pytest.raises(UserError, match="new.jsonl: No space left"):
+        generate(GenerateConfig(model=model, prompts=prompts, output=str(new)))
+    assert not new.exists()

@@ -141,3 +141,12 @@ def test_dropout_labels_and_padding_reach_the_model(model, tmp_path):
 
 def test_a_tokenizer_without_padding_pads_with_its_end(model):
     assert loading.load_tokenizer(model).pad_token == "</s>"
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path):
+    """transformers makes an empty tokenizer of it, for which every word is unknown."""
+    folder = tiny.save_encoder(tmp_path / "encoder")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        loading.load_tokenizer(folder)

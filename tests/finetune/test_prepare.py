@@ -8,7 +8,7 @@ import json
 import pytest
 
 from fastft import cli
-from fastft.finetune import UserError, prepare_report, reading
+from fastft.finetune import UserError, prepare_report, readers, reading
 from fastft.finetune.prepare import PrepareConfig, prepare
 
 # The package's own name for it is the function's.
@@ -213,7 +213,7 @@ def test_a_row_at_a_time(tmp_path, monkeypatch):
     data = save(tmp_path / "raw.jsonl", [{"text": TEXTS[0]}])
     config = PrepareConfig(data=data, output=str(tmp_path / "made"))
     source = module._source(config)
-    monkeypatch.setattr(reading, "records", records)
+    monkeypatch.setattr(readers, "records", records)
     monkeypatch.setattr(module, "_write", write)
     kept, _ = module._sift(config, source, tmp_path)
     assert len(kept) == 100

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastft.finetune import UserError, reading
+from fastft.finetune import UserError, readers, reading
 
 ROWS = [{"text": "NA", "label": "0"}, {"text": 'says "ä",\nthen', "label": "1"}]
 
@@ -75,11 +75,11 @@ def test_a_large_file_is_mapped_and_read_anew_when_it_changes(tmp_path, monkeypa
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 50])
 def test_an_array_in_pieces(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(readers, "CHUNK", chunk)
     held = [{"text": "]},{ \\", "n": [1, {"x": 23.5}]}, {"text": "ä" * 90, "n": []}]
     path = tmp_path / "a.json"
     path.write_text("\ufeff" + json.dumps(held, ensure_ascii=False))
-    assert list(reading.records(path)) == held
+    assert list(readers.records(path)) == held
 
 
 def test_splits(tmp_path):
@@ -121,6 +121,7 @@ def test_column_names_the_nearest(tmp_path):
         ("a.jsonl", b'{"a": "\xff"}', "not UTF-8 at byte 7"),
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8 at byte 8"),
         ("a.txt", "text".encode("utf-16"), "not UTF-8 at byte 0"),
+        ("a.csv", "text\n\u00e4\n".encode("utf-16"), "not UTF-8 at byte 0"),
         ("a.csv", b"a,b\n1,2,3\n", "Expected 2 columns, got 3"),
         ("a.csv", b"a,a\n1,2\n", "two columns are called 'a'"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not JSON"),
@@ -146,7 +147,7 @@ def test_bad_files_are_a_sentence(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
 def test_a_bad_byte_after_characters_in_pieces(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(readers, "CHUNK", chunk)
     (tmp_path / "a.txt").write_bytes("é€\n😀".encode() + b"\xe9 x")
     with pytest.raises(UserError, match=r"not UTF-8 at byte 10 \(line 2\)"):
         reading.rows(tmp_path / "a.txt")

@@ -1,6 +1,9 @@
 """What a user of fastft train may get wrong: one sentence, exit code 2, nothing left behind."""
 
+import errno
+import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,6 +12,7 @@ from finetune import tiny
 
 from fastft import cli
 from fastft.finetune import UserError, train
+from fastft.finetune.run_folder import readable
 
 
 def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
@@ -78,3 +82,41 @@ def test_the_command(shared, tmp_path, capsys):
     assert "f1_macro" in shown and "2 steps" in shown
     assert cli.main(["train", str(settings), "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+class Full(io.RawIOBase):
+    """A file on a full disk."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def by_name():
+    # As torch's writer says it of a file that it opened itself.
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: Full().write(b"a"),
+        lambda: torch.save(torch.zeros(9), Full()),
+        lambda: torch.save(torch.zeros(10**6), Full()),
+        by_name,
+    ],
+)
+def test_a_full_disk_is_one_sentence(write):
+    """Each writer has an exception of its own for it."""
+    with pytest.raises(UserError, match="^here: .*(No space left|disk full)") as raised:
+        with readable("here"):
+            write()
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="mine"):
+        with readable("here"):
+            raise RuntimeError("mine")

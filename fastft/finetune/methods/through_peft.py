@@ -100,6 +100,8 @@ def _virtual(peft, model: nn.Module, config, common: dict):
         )
     return peft.PromptTuningConfig(
         num_virtual_tokens=count,
+        # PEFT's default draws them far larger than the embeddings of any token.
+        prompt_tuning_init="SAMPLE_VOCAB",
         # PEFT would take the hidden width, and some models embed tokens in another.
         token_dim=model.get_input_embeddings().weight.shape[1],
         num_layers=model.config.num_hidden_layers,
