@@ -48,7 +48,7 @@ class FusedStep:
         if adapter_names is not None:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
-        copies = stored and any(reading.DECODE_WEIGHT in vars(m) for m in model.modules())
+        copies = stored and any(map(reading.is_stored, model.modules()))
         if adapter_names is not None:
             return
         if copies:

@@ -49,6 +49,17 @@ def _int8_product(a, a_scale, b, b_scale, bias, transposed):
     return y if bias is None else y + bias
 
 
+@operator(
+    "scale_sums_(Tensor(a!) sums, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? total)"
+    " -> ()"
+)
+def _scale_sums_(sums, a_scale, b_scale, bias, total):
+    y = sums.float() * a_scale[:, None]
+    y = y if b_scale is None else y * b_scale
+    y = y if bias is None else y + bias
+    sums.copy_((y if total is None else y + total).view(torch.int32))
+
+
 def _vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
@@ -60,14 +71,17 @@ def int8_product(
     b_scale: Tensor | None = None,  # (out,) float32
     bias: Tensor | None = None,  # (out,) float32
     transposed: bool = False,
+    total: Tensor | None = None,  # (rows, out) float32
 ) -> Tensor:
-    """(a b^T) a_scale b_scale + bias, or a b: (rows, out) float32, from exact sums of integers."""
+    """(a b^T) a_scale b_scale + bias + total, or with a b: (rows, out) float32, from exact sums."""
     library = _vnni() if a.is_cpu else a.is_cuda and a.shape[0] > 16 and not a.shape[1] % 8
     if not library or 0 in a.shape:
-        return _int8_product(a, a_scale, b, b_scale, bias, transposed)
-    y = torch._int_mm(a, b if transposed else b.t()).float().mul_(a_scale[:, None])
-    y = y if b_scale is None else y.mul_(b_scale)
-    return y if bias is None else y.add_(bias)
+        y = _int8_product(a, a_scale, b, b_scale, bias, transposed)
+        return y if total is None else y.add_(total)
+    sums = torch._int_mm(a, b if transposed else b.t())
+    # Over the sums themselves, which are as wide: no other memory is read or written.
+    _scale_sums_(sums, a_scale, b_scale, bias, total)
+    return sums.view(torch.float32)
 
 
 class _Int8Linear(torch.autograd.Function):

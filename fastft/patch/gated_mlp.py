@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastft.ops.gated_mlp import gated_mlp
+from fastft.ops.int8_layer import Int8Linear
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.patch import lora as lora_layers
-from fastft.patch.base_weights import Int8Linear
 from fastft.patch.confirm import Unlike, confirm, stand_in
 from fastft.patch.swap import is_hooked, original_forward
 

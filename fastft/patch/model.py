@@ -41,8 +41,9 @@ def patch(
             `verify` tells what they cost in perplexity, `unpatch` drops them.
         base_weights: "int8" makes frozen linear layers hold int8 numbers instead of their weights
             and multiply integers, forward and backward: a quarter of the memory, for training
-            adapters. The head and the embeddings stay. Merging and whatever else reads a weight
-            needs `unpatch` first.
+            adapters. `generate` decodes from the same numbers; with decode_weights="int8" the head
+            gets a copy too. The head and the embeddings stay. Merging and whatever else reads a
+            weight needs `unpatch` first. `verify` tells what it costs.
         originals: a folder for the weights that base_weights takes away: a checkpoint that has
             them, to be read again, or a place to write them. `unpatch` gives them back; without,
             it gives back what the int8 numbers stand for, and says so.
