@@ -30,6 +30,7 @@ ISA_FLAGS = {"baseline": []}
 if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq"))]
+    ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-g0"]
 DEFINES = ["-DFASTFT_X86"] if X86 else []
 # What nvcc compiles for where neither the environment nor a GPU tells.

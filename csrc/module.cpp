@@ -13,7 +13,8 @@ namespace {
 
 const std::map<std::string, fastft::Isa> kNames{{"baseline", fastft::Isa::baseline},
                                                 {"avx2", fastft::Isa::avx2},
-                                                {"avx512", fastft::Isa::avx512}};
+                                                {"avx512", fastft::Isa::avx512},
+                                                {"avx512vnni", fastft::Isa::avx512vnni}};
 
 std::string name_of(fastft::Isa isa) {
   for (auto& [name, value] : kNames)
@@ -32,7 +33,7 @@ std::vector<std::string> split(const std::string& list) {
 pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(FASTFT_X86)
-  info["instruction_sets"] = std::vector<std::string>{"baseline", "avx2", "avx512"};
+  info["instruction_sets"] = std::vector<std::string>{"baseline", "avx2", "avx512", "avx512vnni"};
 #else
   info["instruction_sets"] = std::vector<std::string>{"baseline"};
 #endif

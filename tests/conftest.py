@@ -38,7 +38,7 @@ def _seed_and_nan_fill():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512vnni"])
 def isa(request):
     """Runs the test once per instruction set this processor has."""
     from fastft.library import extension
@@ -46,7 +46,7 @@ def isa(request):
     if extension is None:
         pytest.skip("fastft._C is not built")
     if extension.limit_isa(request.param) != request.param:
-        extension.limit_isa("avx512")
+        extension.limit_isa("avx512vnni")
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    extension.limit_isa("avx512")
+    extension.limit_isa("avx512vnni")

@@ -1,29 +1,122 @@
 // Products of a few rows, rounded to int8, with kChannels rows of an int8 or int4 weight: integers
 // within a run of kRun inputs, where one scale of x and one of the weight hold, floats beyond.
-// Eight sums a run in every instruction set, so every one of them adds in the same order.
+// Eight sums a run in every instruction set but the one with VNNI, which takes two runs at a time.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "stored_weight.h"
+#include "tile.h"
 
 namespace fastft::FASTFT_ISA {
 
 constexpr int kRunSums = 8;  // of kRun / kRunSums neighbouring inputs each
+// Runs that are multiplied at a time, of each row an integral number, and rows of x beside them.
+#if defined(__AVX512VNNI__)
+constexpr int kRunsAtOnce = 2, kRoundedRows = 4;  // with 4 channels, 16 of 32 registers hold sums
+#elif defined(__AVX512F__)
+constexpr int kRunsAtOnce = 1, kRoundedRows = 6;
+#else
+constexpr int kRunsAtOnce = 1, kRoundedRows = 3;
+#endif
 typedef float RunSums __attribute__((vector_size(4 * kRunSums)));
 typedef int32_t RunInts __attribute__((vector_size(4 * kRunSums)));
 
 // Rows of x in runs: x[k] is about bytes[k] * scales[k / kRun], zeros after the last input.
 struct RoundedTile {
   const int8_t* bytes;  // (rows, runs, kRun)
-  const float* scales;  // (rows, runs)
-  const int32_t* shifts;  // (rows, runs, kRunSums): what numbers stored plus 8 add to the sums
+  const float* scales;  // (rows, runs, kScales), all the same
+  const int32_t* shifts;  // (rows, runs, kRunSums): what takes off the sums that numbers are stored
+                          // plus 8
   int64_t runs;
   int rows;
 };
 
-constexpr int64_t runs_of(int64_t in) { return (in + kRun - 1) / kRun; }
+constexpr int kScales = kRunsAtOnce > 1 ? kRunSums : 1;
+constexpr int64_t runs_of(int64_t in) { return round_up((in + kRun - 1) / kRun, kRunsAtOnce); }
+
+#if defined(__AVX512VNNI__)
+// ---- two runs of four products an instruction, of numbers without sign and numbers with one --------
+
+// Bytes of two runs of a weight, plus 8 << kMore; of the last runs only `left` inputs exist.
+struct BytePair {
+  static constexpr int kMore = 4;
+  static __m512i load(const int8_t* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+  }
+  static __m512i load(const int8_t* p, int64_t left) {
+    const __mmask64 some = left < 64 ? (1ull << left) - 1 : ~0ull;
+    return _mm512_xor_si512(_mm512_maskz_loadu_epi8(some, p), _mm512_set1_epi8(-128));
+  }
+};
+struct NibblePair {
+  static constexpr int kMore = 0;
+  static __m512i spread(__m256i bytes) {
+    // A run's 16 bytes twice, and the second time the high halves of them.
+    const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3),
+                                                   _mm512_castsi256_si512(bytes));
+    const __m512i halves = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+    return _mm512_and_si512(halves, _mm512_set1_epi8(15));
+  }
+  static __m512i load(const uint8_t* p) {
+    return spread(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static __m512i load(const uint8_t* p, int64_t left) {
+    return spread(_mm256_maskz_loadu_epi8(left < 64 ? (1u << left / 2) - 1 : ~0u, p));
+  }
+};
+
+// The scales of two neighbouring runs of a channel, each in half of the lanes.
+template <class Weights>
+inline Vec scales_of(const Weights& w, int c, int64_t k, int64_t in) {
+  const float first = w.scale_of(c, k), second = w.scale_of(c, k + kRun < in ? k + kRun : k);
+  return (Vec)_mm512_insertf32x8(_mm512_set1_ps(first), _mm256_set1_ps(second), 1);
+}
+
+// sums[r][c] = x[row + r] * weights[c], but for the scale of a whole channel.
+template <int R, class Weights>
+void dot_runs(const Weights& w, const RoundedTile& x, int row, int64_t in,
+              Vec (*sums)[kChannels]) {
+  constexpr bool kNibbles = std::is_same_v<Weights, Int4>;
+  using Pair = std::conditional_t<kNibbles, NibblePair, BytePair>;
+  constexpr int64_t kPair = 2 * kRun;
+  Vec own[R][kChannels] = {};
+  auto add = [&](int64_t k, auto&& load) {
+    __m512i numbers[kChannels];
+    Vec scales[kChannels];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) {
+      numbers[c] = load(w.row[c] + (kNibbles ? k / 2 : k));
+      if constexpr (Weights::grouped) scales[c] = scales_of(w, c, k, in);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (row + r) * x.runs + k / kRun;
+      const __m512i bytes = _mm512_loadu_si512(x.bytes + at * kRun);
+      const __m512i shift =
+          _mm512_slli_epi32(_mm512_loadu_si512(x.shifts + at * kRunSums), Pair::kMore);
+      const Vec scale = FASTFT_ISA::load(x.scales + at * kScales);
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        const Vec dot = (Vec)_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(shift, numbers[c], bytes));
+        own[r][c] = fma(dot, Weights::grouped ? scale * scales[c] : scale, own[r][c]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kPair <= in; k += kPair)
+    add(k, [&](const auto* p) {
+      prefetch(p, w.ahead);
+      return Pair::load(p);
+    });
+  if (k < in) add(k, [&](const auto* p) { return Pair::load(p, in - k); });
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) sums[r][c] = own[r][c];
+}
+#else
 
 // A run of weights, ready to be multiplied. `bytes` are in [-127, 127].
 #if defined(__AVX2__)
@@ -54,7 +147,7 @@ struct NibbleRun {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     RunInts off;
     std::memcpy(&off, shift, sizeof off);
-    return sum_pairs(_mm256_maddubs_epi16(number, bytes)) - off;
+    return sum_pairs(_mm256_maddubs_epi16(number, bytes)) + off;
   }
 };
 inline RunSums fma_run(RunInts a, float b, RunSums c) {
@@ -86,7 +179,7 @@ struct NibbleRun {
     RunInts off, sums{};
     std::memcpy(&off, shift, sizeof off);
     for (int i = 0; i < kRun; ++i) sums[i / (kRun / kRunSums)] += int32_t(number[i]) * x[i];
-    return sums - off;
+    return sums + off;
   }
 };
 inline RunSums fma_run(RunInts a, float b, RunSums c) {
@@ -153,8 +246,9 @@ void dot_runs(const Weights& w, const RoundedTile& x, int row, int64_t in,
 #pragma GCC unroll 4
     for (int c = 0; c < kChannels; ++c) sums[r][c] = to_vec(own[r][c]);
 }
+#endif
 
-template <int R, class Weights>
+template <int R = kRoundedRows, class Weights>
 void dot_run_rows(const Weights& w, const RoundedTile& x, int row, int rows, int64_t in,
                   Vec (*sums)[kChannels]) {
   if constexpr (R > 1)
@@ -167,7 +261,7 @@ void dot_run_rows(const Weights& w, const RoundedTile& x, int row, int rows, int
 inline void round_row(const float* x, int64_t in, int8_t* bytes, float* scales, int32_t* shifts) {
   for (int64_t i = 0; i < runs_of(in); ++i) {
     float run[kRun] = {};
-    std::copy_n(x + i * kRun, std::min(kRun, in - i * kRun), run);
+    std::copy_n(x + i * kRun, std::clamp<int64_t>(in - i * kRun, 0, kRun), run);
     Vec most{}, zero{};
     for (int v = 0; v < kRun; v += kWidth) {
       most = max(most, abs(load(run + v)));
@@ -175,7 +269,7 @@ inline void round_row(const float* x, int64_t in, int8_t* bytes, float* scales, 
     }
     const float peak = max(most), nan = sum(zero);
     const bool any = peak > 127.f * 1.17549435e-38f;
-    scales[i] = (any ? peak / 127.f : 0.f) + nan;
+    std::fill_n(scales + i * kScales, kScales, (any ? peak / 127.f : 0.f) + nan);
     const Vec inverse = broadcast(any && nan == 0.f ? 127.f / peak : 0.f);
     int32_t numbers[kRun];
     for (int v = 0; v < kRun; v += kWidth) {
@@ -189,7 +283,7 @@ inline void round_row(const float* x, int64_t in, int8_t* bytes, float* scales, 
     for (int s = 0; s < kRunSums; ++s) {
       int32_t total = 0;
       for (int k = 0; k < kEach; ++k) total += numbers[s * kEach + k];
-      shifts[i * kRunSums + s] = 8 * total;
+      shifts[i * kRunSums + s] = -8 * total;
     }
   }
 }

@@ -10,11 +10,13 @@
 #define FASTFT_DECLARE(...)             \
   namespace baseline { __VA_ARGS__; }   \
   namespace avx2 { __VA_ARGS__; }       \
-  namespace avx512 { __VA_ARGS__; }
-#define FASTFT_DISPATCH(call)                       \
-  (fastft::isa() == fastft::Isa::avx512   ? avx512::call \
-   : fastft::isa() == fastft::Isa::avx2   ? avx2::call   \
-                                          : baseline::call)
+  namespace avx512 { __VA_ARGS__; }     \
+  namespace avx512vnni { __VA_ARGS__; }
+#define FASTFT_DISPATCH(call)                                \
+  (fastft::isa() == fastft::Isa::avx512vnni ? avx512vnni::call \
+   : fastft::isa() == fastft::Isa::avx512   ? avx512::call     \
+   : fastft::isa() == fastft::Isa::avx2     ? avx2::call       \
+                                            : baseline::call)
 #else
 #define FASTFT_DECLARE(...) namespace baseline { __VA_ARGS__; }
 #define FASTFT_DISPATCH(call) (baseline::call)
@@ -22,7 +24,7 @@
 
 namespace fastft {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512vnni };
 
 // The set in use: the best one of this processor, or the one `limit_isa` allows.
 Isa isa();

@@ -30,7 +30,9 @@ inline Vec fold_channels(const Vec* sums) {
 
 constexpr int64_t shift_floats(int64_t in) { return in / kRun * kWidth; }
 // Of a rounded row: a run's bytes, its shifts and its scale.
-constexpr int64_t rounded_floats(int64_t in) { return runs_of(in) * (kRun / 4 + kRunSums + 1); }
+constexpr int64_t rounded_floats(int64_t in) {
+  return runs_of(in) * (kRun / 4 + kRunSums + kScales);
+}
 constexpr int64_t tile_floats(int64_t in) {
   return kTile * (round_up(in, kSlice) + round_up(shift_floats(in), kWidth) + rounded_floats(in));
 }
@@ -44,7 +46,7 @@ RoundedTile round_tile(const Tile& x, int64_t in, float* scratch) {
     for (int64_t k = 0; k < in; k += kSlice) {
       const int64_t run = r * runs + k / kRun;
       round_row(x.data + k / kSlice * x.slice + r * x.stride, std::min(kSlice, in - k),
-                bytes + run * kRun, scales + run, shifts + run * kRunSums);
+                bytes + run * kRun, scales + run * kScales, shifts + run * kRunSums);
     }
   return {bytes, scales, shifts, runs, x.rows};
 }

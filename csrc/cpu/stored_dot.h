@@ -162,8 +162,8 @@ void sum_tile(const Weights* w, int quads, const Tile& x, int64_t in, float* unp
 template <class Weights>
 void sum_rounded_tile(const Weights* w, int quads, const RoundedTile& x, int64_t in, Sums* sums) {
   for (int q = 0; q < quads; ++q)
-    for (int row = 0; row < x.rows; row += kMaxRows)
-      dot_run_rows<kMaxRows>(w[q], x, row, std::min(kMaxRows, x.rows - row), in, sums[q] + row);
+    for (int row = 0; row < x.rows; row += kRoundedRows)
+      dot_run_rows(w[q], x, row, std::min(kRoundedRows, x.rows - row), in, sums[q] + row);
 }
 
 // One row of any type as float32, padded with zeros to whole vectors.

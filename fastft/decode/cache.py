@@ -2,7 +2,7 @@
 
 Appending writes one slot and rolling back changes a length: nothing is copied, where transformers'
 default cache copies all it holds for each token. It is a transformers `Cache`, so `model.generate`
-takes it as `past_key_values`; there all rows are as long as each other, and padding lies in slots.
+takes it as its `cache`; there all rows are as long as each other, and padding lies in slots.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from fastft.decode.cache_name import own_name
 
 SPARE = 64  # slots that growing adds at least
 
@@ -143,7 +145,7 @@ class KVCache(Cache):
             most = min(self.lengths[row], len(prompt) - 1)
             if self.tokens is None and most < self.lengths[row] - 1:
                 raise ValueError(
-                    f"past_key_values: row {row} holds {self.lengths[row]} tokens, its input, "
+                    f"{own_name()}: row {row} holds {self.lengths[row]} tokens, its input, "
                     f"which should begin with them, has {len(prompt)}"
                 )
             if self.tokens is not None:
@@ -178,7 +180,7 @@ class KVCache(Cache):
     def need_even_rows(self) -> None:
         if len(set(self.lengths)) > 1:
             raise ValueError(
-                f"past_key_values: rows of different lengths ({min(self.lengths)} to "
+                f"{own_name()}: rows of different lengths ({min(self.lengths)} to "
                 f"{max(self.lengths)}) need fastft.generate: a model's forward expects them even"
             )
 

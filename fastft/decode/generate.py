@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from fastft.decode import layers as reading
+from fastft.decode.cache_name import by_own_name
 from fastft.decode.cuda_graph import fused_step
 from fastft.decode.exit_head import ExitHead
 from fastft.decode.loop import Run
@@ -22,6 +23,13 @@ from fastft.decode.prepare import HandOver, Prepared, inner_model, own_generate,
 
 _EXACT = "the bits of every row are those of the row alone, token by token"
 _TIES = "tokens are those of the row alone up to ties: widths and masks change roundings"
+
+
+def _merged(inputs, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """A tokenizer's output is keywords too."""
+    if isinstance(inputs, Mapping):
+        kwargs, inputs = {**inputs, **kwargs}, None
+    return inputs, by_own_name(kwargs)
 
 
 def _begin(model, inputs, generation_config, speculation, seed, adapter_names, kwargs) -> Run:
@@ -128,11 +136,12 @@ def generate(
         streamer: of transformers; gets the tokens as they come.
         seed: of a random generator of this call's own; None: PyTorch's. With drafts the draws
             depend on how much is drafted, which follows measured times: not on the seed alone.
-        past_key_values: a KVCache, new or of an earlier call, whose tokens that the inputs begin
-            with are not computed again.
+        cache: a KVCache, new or of an earlier call, whose tokens that the inputs begin with are
+            not computed again. Also taken as past_key_values, its name before transformers 5.24.
         adapter_names: the LoRA adapter of each row, "__base__" for none, unmerged.
     Raises: ValueError or TypeError that names the argument.
     """
+    inputs, kwargs = _merged(inputs, kwargs)
     try:
         run = _begin(model, inputs, generation_config, speculation, seed, adapter_names, kwargs)
     except HandOver as reason:
@@ -161,6 +170,7 @@ def stream(model: nn.Module, inputs=None, generation_config=None, **kwargs) -> I
         raise TypeError("streamer: expected none, as the tokens are what this yields")
     kwargs.pop("streamer", None)
     own = {name: kwargs.pop(name, None) for name in ("speculation", "seed", "adapter_names")}
+    inputs, kwargs = _merged(inputs, kwargs)
     try:
         run = _begin(model, inputs, generation_config, **own, kwargs=kwargs)
     except HandOver as reason:
@@ -181,8 +191,6 @@ def _handed_over(model, inputs, speculation, seed, kwargs, reason: str) -> Model
     stats = Stats(path="model.generate", reason=reason, exact="transformers' own")
     if speculation is not None:
         stats.speculation = f"none: {reason}"
-    if isinstance(inputs, Mapping):
-        kwargs, inputs = {**inputs, **kwargs}, None
     if inputs is not None:
         kwargs = kwargs | {"inputs": inputs}
     serve = own_generate(model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastft.decode import layers as reading
 from fastft.decode.acceptance import accept_sampled_rows
 from fastft.decode.cache import KVCache
+from fastft.decode.cache_name import own_name
 from fastft.decode.choice import Chooser
 from fastft.decode.cuda_graph import fused_step
 from fastft.decode.draft_length import DraftLength
@@ -75,9 +76,7 @@ class Run:
             return self.step.new_cache(rows, room)
         cache, like = given.cache, self.step.new_cache(rows, 1).layers
         if len(cache.layers) != len(like):
-            raise ValueError(
-                f"past_key_values: expected {len(like)} layers, got {len(cache.layers)}"
-            )
+            raise ValueError(f"{own_name()}: expected {len(like)} layers, got {len(cache.layers)}")
         keys = like[0].keys
         if not any(cache.lengths):
             cache.reserve(room)
@@ -86,12 +85,12 @@ class Run:
         held = cache.layers[0].keys
         if (held.shape[0], held.shape[1], held.shape[3]) != (rows, keys.shape[1], keys.shape[3]):
             raise ValueError(
-                f"past_key_values: expected (rows, heads, slots, head_dim) of "
+                f"{own_name()}: expected (rows, heads, slots, head_dim) of "
                 f"{(rows, keys.shape[1], 'any', keys.shape[3])}, got {tuple(held.shape)}"
             )
         if (held.dtype, held.device) != (keys.dtype, keys.device):
             raise ValueError(
-                f"past_key_values: expected {keys.dtype} on {keys.device}, got {held.dtype} on "
+                f"{own_name()}: expected {keys.dtype} on {keys.device}, got {held.dtype} on "
                 f"{held.device}"
             )
         cache.keep_common(given.prompts)
@@ -293,8 +292,8 @@ class Run:
             sequences=self.ids[:, : max(self.ends)],
             scores=self.scores and self.scores.columns(),
             logits=self.logits and self.logits.columns(),
-            past_key_values=self.cache if isinstance(self.cache, KVCache) else None,
             stats=self.stats,
+            **{own_name(): self.cache if isinstance(self.cache, KVCache) else None},
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache import KVCache
+from fastft.decode.cache_name import cache_name
 from fastft.decode.layers import Unfit
 
 
@@ -50,7 +51,8 @@ class ModuleStep:
         taken = inspect.signature(type(model).forward).parameters
         if config.is_encoder_decoder or model.config.is_encoder_decoder:
             raise Unfit(f"{type(model).__name__} is an encoder-decoder model")
-        if model._is_stateful or "past_key_values" not in taken or "attention_mask" not in taken:
+        self.cache_name = cache_name(taken)
+        if model._is_stateful or self.cache_name is None or "attention_mask" not in taken:
             raise Unfit(f"{type(model).__name__} keeps a state that cannot be rolled back")
         if getattr(config, "sliding_window", None) and set(
             getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -71,7 +73,7 @@ class ModuleStep:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in new])
         fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
         valid = torch.cat((cache.valid, fresh.to(self.device)), 1)
-        kwargs = {}
+        kwargs = {self.cache_name: cache.slots}
         if self.takes_positions:
             kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, -width:]
         if self.keeps_logits:
@@ -79,7 +81,6 @@ class ModuleStep:
         logits = self.model(
             input_ids=ids.to(self.device),
             attention_mask=valid,
-            past_key_values=cache.slots,
             use_cache=True,
             **kwargs,
         ).logits[:, -keep:]

@@ -95,6 +95,6 @@ class Kept:
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' `sequences`, `scores`, `logits` and `past_key_values`, and `stats`."""
+    """transformers' `sequences`, `scores`, `logits` and cache, by its own name, and `stats`."""
 
     stats: Stats | None = None

@@ -5,7 +5,6 @@ hands it to the callable: its documented extension point. What the loop does not
 here, with the reason.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from transformers.generation.stopping_criteria import (
 )
 
 from fastft.decode.cache import KVCache
+from fastft.decode.cache_name import NAMES, cache_in
 
 # Arguments of a forward that the loop makes itself.
-_KNOWN = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "past_key_values",
-          "cache_position"}  # fmt: skip
+_KNOWN = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "cache_position", *NAMES}
 _IDS = (torch.int64, torch.int32)
 
 
@@ -66,8 +65,6 @@ def own_generate(model: nn.Module):
 def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any]) -> Prepared:
     """Raises HandOver where transformers must serve the call, and what transformers raises."""
     kwargs = dict(kwargs)
-    if isinstance(inputs, Mapping):
-        kwargs, inputs = {**inputs, **kwargs}, None
     for name in ("assistant_model", "synced_gpus", "custom_generate", "inputs_embeds",
                  "position_ids", "token_type_ids", "negative_prompt_ids"):  # fmt: skip
         if kwargs.get(name) is not None:
@@ -124,7 +121,7 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
     unknown = {k for k, v in model_kwargs.items() if v is not None} - _KNOWN
     if unknown:
         raise HandOver(f"the model's own arguments {sorted(unknown)}")
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_in(model_kwargs)
     if cache is not None and not isinstance(cache, KVCache):
         if cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False):
             raise HandOver(f"a cache of type {type(cache).__name__}")

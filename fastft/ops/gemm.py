@@ -20,7 +20,7 @@ def _prefers_onednn() -> bool:
     return (
         extension is not None
         and not extension.build_info()["intel"]
-        and extension.build_info()["instruction_set"] == "avx512"
+        and extension.build_info()["instruction_set"].startswith("avx512")
         and torch.backends.mkldnn.is_available()
     )
 

@@ -108,14 +108,14 @@ def test_breaking_out_leaves_a_cache_that_goes_on(llama):
     ids, cache = prompt(1, 5), KVCache(3)
     whole = fastft.generate(llama, ids, max_new_tokens=12).sequences
     seen = []
-    for new in fastft.stream(llama, ids, max_new_tokens=12, past_key_values=cache):
+    for new in fastft.stream(llama, ids, max_new_tokens=12, cache=cache):
         seen += new[0]
         if len(seen) >= 4:
             break
     more = torch.cat((ids, torch.tensor([seen])), 1)
     mask = torch.ones_like(more)  # a pad token among them is none
     assert cache.lengths == [8] and cache.tokens == [more[0, :8].tolist()]
-    out = fastft.generate(llama, more, attention_mask=mask, max_new_tokens=8, past_key_values=cache)
+    out = fastft.generate(llama, more, attention_mask=mask, max_new_tokens=8, cache=cache)
     assert torch.equal(out.sequences, whole)
 
 
