@@ -47,28 +47,28 @@ def alpaca(work: Path) -> str:
     from fastft.finetune import assets, data
 
     records = data.read_alpaca(assets.dataset("alpaca"))
-    records = [records[i] for i in data.shuffled(len(records), 0)][:700]
-    write(work / "data/train.jsonl", records[100:])
-    write(work / "data/test.jsonl", records[:100])
+    records = [records[i] for i in data.shuffled(len(records), 0)][:350]
+    write(work / "data/train.jsonl", records[50:])
+    write(work / "data/test.jsonl", records[:50])
     found = _both(
         work, "alpaca", lambda metrics: metrics["test"]["loss"], model=SMOLLM, data=work / "data",
-        task="sft", steps=200, batch_size=2, max_length=160,
+        task="sft", steps=200, batch_size=1, max_length=128,
     )  # fmt: skip
     return (
-        f"{SMOLLM}, `fastft train --task sft --method lora --steps 200 --batch-size 2 "
-        "--max-length 160`, 600 records of alpaca, 100 held out; goal: within 1 %.\n\n"
+        f"{SMOLLM}, `fastft train --task sft --method lora --steps 200 --batch-size 1 "
+        "--max-length 128`, 300 records of alpaca, 50 held out; goal: within 1 %.\n\n"
         + _compared(found, "held-out loss", lambda a, b: f"{100 * (b / a - 1):+.2f} %")
     )
 
 
 def sentiment(work: Path) -> str:
-    data = reviews(work / "data", train=1000, test=1000)
+    data = reviews(work / "data", train=600, test=1000)
     found = _both(
         work, "reviews", lambda metrics: metrics["test"]["accuracy"], model=MINILM, data=data,
         task="classify", epochs=2,
     )  # fmt: skip
     return (
-        f"{MINILM}, `fastft train --task classify --method lora --epochs 2`, 1000 reviews of "
+        f"{MINILM}, `fastft train --task classify --method lora --epochs 2`, 600 reviews of "
         "Rotten Tomatoes for training, 1000 for the test; goal: within 1 point.\n\n"
         + _compared(found, "accuracy", lambda a, b: f"{100 * (b - a):+.1f} points")
     )

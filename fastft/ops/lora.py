@@ -239,6 +239,10 @@ def check_adapter(name: str, linear: LoraLinear, rows: int, columns: int) -> Non
         raise ValueError(f"{name}.dropout: expected 0 to 1, got {linear.dropout}")
 
 
+def _is_int8(weight: QuantizedWeight) -> bool:
+    return weight.values.dtype is torch.int8 and weight.scale.dtype is torch.float32
+
+
 def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
     if not linears:
         raise ValueError("linears: expected at least one")
@@ -255,11 +259,8 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
             raise ValueError(
                 f"linears[{i}].weight: expected {x.shape[-1]} inputs as x has, got {columns}"
             )
-        if stored and (each.weight.scale is None or each.weight.scale.shape[1:] != (1,)
-                       or each.transposed):  # fmt: skip
-            raise TypeError(
-                f"linears[{i}].weight: expected int8 with a scale per channel, not transposed"
-            )
+        if stored and not (_is_int8(each.weight) and not each.transposed):
+            raise TypeError(f"linears[{i}].weight: expected int8 (out, in), a scale per output")
         if not stored and each.weight.dtype != x.dtype:
             raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {each.weight.dtype}")
         if each.bias is not None and each.bias.shape != (rows,):

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import fastft
+from fastft.ops.int8_layer import Int8Linear
 from fastft.ops.quantized_linear import dequantize, quantize
-from fastft.patch.base_weights import FILE, Int8Linear
+from fastft.patch.base_weights import FILE
 
 
 def llama():
