@@ -26,17 +26,32 @@ class Origin:
             return held.get_tensor(self.name)
 
 
-class Int8Linear(nn.Module):
+class _NoWeight(Tensor):
+    """The weight of a layer that holds none."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(
+            "this layer holds int8 numbers and no weight: fastft.unpatch(model) gives it back, "
+            "for merging an adapter into it for instance"
+        )
+
+
+class Int8Linear(nn.Linear):
     """x W^T + bias over frozen int8 numbers, forward and backward (fastft/ops/int8_linear.py).
 
-    Its state_dict has `weight` and `bias` as the layer's it stands for, the weight as the numbers
-    give it, so a saved model is an ordinary one.
+    A Linear by class, so that PEFT puts adapters on it. Its state_dict has `weight` and `bias` as
+    the layer's it stands for, the weight as the numbers give it, so a saved model is an ordinary
+    one.
     """
 
-    def __init__(self, layer: nn.Linear, origin: Origin | None = None):
-        super().__init__()
+    def __init__(
+        self, layer: nn.Linear, origin: Origin | None = None, weight: Tensor | None = None
+    ):
+        """weight: of a layer on the meta device."""
+        nn.Module.__init__(self)  # not Linear's, which would make a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        stored = quantize(layer.weight)
+        stored = quantize(layer.weight if weight is None else weight)
         self.register_buffer("values", stored.values, persistent=False)  # (out, in) int8
         self.register_buffer("scale", stored.scale, persistent=False)  # (out, 1) float32
         self.bias = layer.bias
@@ -48,6 +63,17 @@ class Int8Linear(nn.Module):
     def release(self) -> None:
         """Frees the replaced layer's weight."""
         self.replaced.weight.data = self.replaced.weight.data.new_empty(0)
+
+    def restored(self) -> nn.Linear:
+        """The replaced layer, with its weight again if it was freed, or never there."""
+        layer = self.replaced
+        if layer.weight.is_meta:
+            layer.weight = nn.Parameter(self.original(), requires_grad=False)
+        elif not layer.weight.numel():
+            layer.weight.data = self.original()
+        layer.bias = self.bias
+        layer.train(self.training)
+        return layer
 
     @property
     def stored(self) -> QuantizedWeight:
@@ -77,13 +103,12 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
-    def __getattr__(self, name: str):
-        if name == "weight":
-            raise AttributeError(
-                "this layer holds int8 numbers and no weight: fastft.unpatch(model) gives it back, "
-                "for merging an adapter into it for instance"
-            )
-        return super().__getattr__(name)
+    @property
+    def weight(self) -> Tensor:
+        """What tells shape, dtype and device, as PEFT asks, and raises for whoever computes."""
+        device = self.values.device
+        shape = (self.out_features, self.in_features)
+        return Tensor._make_wrapper_subclass(_NoWeight, shape, dtype=self.dtype, device=device)
 
     def _apply(self, fn, recurse=True):
         scale = self.scale

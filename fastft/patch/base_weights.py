@@ -17,7 +17,14 @@ from fastft.patch.swap import has_own_forward, is_hooked
 FILE = "base_weights.safetensors"
 
 
-def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
+def check_kind(kind: str) -> None:
+    if kind != "int8":
+        raise ValueError(f"base_weights: expected 'int8', got {kind!r}")
+
+
+def replaceable(
+    model: nn.Module, on_meta: bool = False
+) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
     """Name -> parent, the name in it, and layer, of those that can be replaced."""
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -34,7 +41,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
     found = {}
     for path, parent in model.named_modules():
         for name, layer in parent.named_children():
-            if type(layer) is not nn.Linear or layer in kept or layer.weight.is_meta:
+            if type(layer) is not nn.Linear or layer in kept or layer.weight.is_meta != on_meta:
                 continue
             if layer.weight.requires_grad or owners[id(layer.weight)] > 1:
                 continue
@@ -77,9 +84,8 @@ def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[Int
 
     Raises: ValueError for another kind than "int8", or a folder of other weights.
     """
-    if kind != "int8":
-        raise ValueError(f"base_weights: expected 'int8' or None, got {kind!r}")
-    layers = _layers(model)
+    check_kind(kind)
+    layers = replaceable(model)
     origins = {} if originals is None or not layers else _keep(layers, Path(originals))
     made = []
     for name, (parent, own, layer) in layers.items():
@@ -96,12 +102,7 @@ def restore(model: nn.Module) -> list[str]:
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, Int8Linear):
                 continue
-            replaced = layer.replaced
-            released = not replaced.weight.numel()
-            if released:
-                replaced.weight.data = layer.original()
-            replaced.bias = layer.bias
-            replaced.train(layer.training)
-            setattr(parent, name, replaced)
-            counts[list(counts)[released and layer.origin is None]] += 1
+            rounded = layer.origin is None and not layer.replaced.weight.numel()
+            setattr(parent, name, layer.restored())
+            counts[list(counts)[rounded]] += 1
     return [f"weights of {n} layers {how}" for how, n in counts.items() if n]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastft.ops.int8_layer import int8_layers
 from fastft.patch import base_weights as stored_base
 from fastft.patch import generate
 from fastft.patch.confirm import Unlike, unhooked
@@ -61,7 +62,7 @@ def patch(
             replaced = []
             if base_weights is not None:
                 replaced = stored_base.store(model, base_weights, originals)
-            for layer in replaced:
+            for layer in int8_layers(model):
                 report.add(layer, "int8_linear", "int8_product")
             patcher.run(model)
         patcher.swap_generate(model, decode_weights)
