@@ -1,8 +1,8 @@
-"""What a frozen base in eight bits costs in quality: alpaca's held-out loss, and accuracy.
+"""What a frozen base in eight bits costs in quality, and the memory of a large model.
 
-`python -m bench.int8_base` runs `fastft train` with and without `--base-weights int8`, everything
-else the same, for three seeds, and writes bench/results/int8-base.md; `--only NAME ...` some.
-What is not run anew stays there.
+`python -m bench.int8_base` writes bench/results/int8-base.md; `--only NAME ...` some sections, and
+what is not run anew stays there. alpaca and sentiment run `fastft train` with and without
+`--base-weights int8`, everything else the same, for three seeds.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from bench import workflows
+from bench import int8_large, int8_outliers, workflows
 from bench.workflows import MINILM, ROOT, SMOLLM, fastft, reviews, table, write
 
 RESULTS = ROOT / "bench/results/int8-base.md"
@@ -74,9 +74,22 @@ def sentiment(work: Path) -> str:
     )
 
 
+def large(work: Path) -> str:
+    return int8_large.section(work, workflows.THREADS)
+
+
+def outliers(work: Path) -> str:
+    import torch
+
+    torch.set_num_threads(workflows.THREADS)
+    return int8_outliers.section(work)
+
+
 SECTIONS = {
+    "Outliers of activations": outliers,
     "Fine-tuning on alpaca": alpaca,
     "Sentiment of reviews": sentiment,
+    "A model of 1.1 billion parameters": large,
 }
 
 
