@@ -66,6 +66,15 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def kernel_only(schema: str) -> Callable:
+    """Defines `torch.ops.fastft.<name>` without a reference: where no kernel serves it, it raises.
+
+    For what only prepares or joins calls of operators that have one.
+    """
+    _library.define(schema)
+    return getattr(torch.ops.fastft, schema.split("(", 1)[0]).default
+
+
 def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Callable]:
     """Makes the decorated Python function serve `op` on a device ("CPU", "CUDA").
 

@@ -4,9 +4,7 @@
 #include "decode_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
-#include <vector>
 
 #include "attention_block.h"
 
@@ -256,59 +254,87 @@ void finish(const Readers& s, Softmax merged) {
   }
 }
 
+// How the work is cut. Few items leave threads idle: then their blocks are shared out as well, and
+// merged afterwards.
+struct Work {
+  int64_t items, blocks = 1, pairs = 0;
+  bool split;
+  Work(const DecodeAttention& a, int threads) : items(a.batch * a.kv_heads) {
+    for (int64_t row = 0; row < a.batch; ++row) {
+      blocks = std::max<int64_t>(blocks, (a.lengths[row] + kBlock - 1) / kBlock);
+      pairs += a.lengths[row] * a.queries * a.heads;
+    }
+    split = threads > 1 && blocks > 1 && items < 4 * threads;
+  }
+};
+
+// Shared by the threads of the region it is called in.
+template <class T>
+void attend_all(const DecodeAttention& a, float* room) {
+  const Work work(a, omp_get_num_threads());
+  const Readers any(a, 0);
+  const int64_t own = round_up(Workspace::size(any), 16), part = round_up(Softmax::size(any), 16);
+  float* partials = room + omp_get_num_threads() * own;
+  room += omp_get_thread_num() * own;
+  auto merge_all = [&](const Readers& s, auto&& made) {
+    Softmax merged(Workspace(room, s).merged, s);
+    merged.clear(s);
+    for (int64_t block = s.seen().begin / kBlock; block * kBlock < s.seen().end; ++block)
+      merge(s, block * kBlock, made(block), merged);
+    if (a.query_dtype == a.dtype) {
+      finish<T>(s, merged);
+    } else {
+      finish<float>(s, merged);
+    }
+  };
+  if (!work.split) {
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < work.items; ++item) {
+      const Readers s(a, item);
+      const Workspace w(room, s);
+      merge_all(s, [&](int64_t block) {
+        attend<T>(s, block * kBlock, w, Softmax(w.block, s));
+        return Softmax(w.block, s);
+      });
+    }
+    return;
+  }
+  auto partial = [&](const Readers& s, int64_t item, int64_t block) {
+    return Softmax(partials + (item * work.blocks + block) * part, s);
+  };
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < work.items * work.blocks; ++i) {
+    const int64_t item = i / work.blocks, block = i % work.blocks;
+    const Readers s(a, item);
+    if (!clip(s.seen(), block * kBlock, block * kBlock + kBlock).empty())
+      attend<T>(s, block * kBlock, Workspace(room, s), partial(s, item, block));
+  }
+#pragma omp for schedule(dynamic)
+  for (int64_t item = 0; item < work.items; ++item) {
+    const Readers s(a, item);
+    merge_all(s, [&](int64_t block) { return partial(s, item, block); });
+  }
+}
+
 }  // namespace
 
-void decode_attention(const DecodeAttention& a) {
+int64_t decode_attention_floats(const DecodeAttention& a, int threads) {
   const Readers any(a, 0);
-  int64_t items = a.batch * a.kv_heads, blocks = 1, slots = 0;
-  for (int64_t row = 0; row < a.batch; ++row) {
-    blocks = std::max<int64_t>(blocks, (a.lengths[row] + kBlock - 1) / kBlock);
-    slots += a.lengths[row];
-  }
-  int64_t work = slots * a.queries * a.heads * a.dim;
-  const int threads = threads_for(items * blocks, work >= 16 * kGrain);
-  // Few items leave threads idle: then blocks are shared out, and who makes an item's last one
-  // merges them all.
-  const bool split = threads > 1 && items < 4 * threads;
-  by_dtype(a.dtype, [&](auto element) {
-    using T = decltype(element);
-    Scratch scratch(Workspace::size(any), threads);
-    Scratch partials(Softmax::size(any), split ? int(items * blocks) : 0);
-    std::vector<std::atomic<int64_t>> missing(split ? items : 0);
-    for (auto& count : missing) count = blocks;
-    auto partial = [&](const Readers& s, int64_t item, int64_t block) {
-      return Softmax(partials.data + (item * blocks + block) * partials.size, s);
-    };
-    auto merge_all = [&](const Readers& s, const Workspace& w, auto&& made) {
-      Softmax merged(w.merged, s);
-      merged.clear(s);
-      for (int64_t block = s.seen().begin / kBlock; block * kBlock < s.seen().end; ++block)
-        merge(s, block * kBlock, made(block), merged);
-      if (a.query_dtype == a.dtype) {
-        finish<T>(s, merged);
-      } else {
-        finish<float>(s, merged);
-      }
-    };
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t i = 0; i < items * (split ? blocks : 1); ++i) {
-      int64_t item = split ? i / blocks : i, own = i % blocks;
-      const Readers s(a, item);
-      const Workspace w(scratch.own(), s);
-      auto make = [&](int64_t block, Softmax out) {
-        attend<T>(s, block * kBlock, w, out);
-        return out;
-      };
-      if (!split) {
-        merge_all(s, w, [&](int64_t block) { return make(block, Softmax(w.block, s)); });
-        continue;
-      }
-      if (!clip(s.seen(), own * kBlock, own * kBlock + kBlock).empty())
-        make(own, partial(s, item, own));
-      if (--missing[item] == 0)
-        merge_all(s, w, [&](int64_t block) { return partial(s, item, block); });
-    }
-  });
+  const Work work(a, threads);
+  return threads * round_up(Workspace::size(any), 16) +
+         (work.split ? work.items * work.blocks : 0) * round_up(Softmax::size(any), 16);
+}
+
+void shared_decode_attention(const DecodeAttention& a, float* room) {
+  by_dtype(a.dtype, [&](auto element) { attend_all<decltype(element)>(a, room); });
+}
+
+void decode_attention(const DecodeAttention& a) {
+  const Work work(a, 1);
+  const int threads = threads_for(work.items * work.blocks, work.pairs * a.dim >= 16 * kGrain);
+  Scratch room(decode_attention_floats(a, threads));
+#pragma omp parallel num_threads(threads)
+  shared_decode_attention(a, room.data);
 }
 
 }  // namespace fastft::FASTFT_ISA

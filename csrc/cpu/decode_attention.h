@@ -23,5 +23,9 @@ struct DecodeAttention {
 };
 
 FASTFT_DECLARE(void decode_attention(const DecodeAttention&))
+// The same inside a parallel region, whose threads all call it and return when all is computed, in
+// `room` of as many floats, which they share.
+FASTFT_DECLARE(int64_t decode_attention_floats(const DecodeAttention&, int threads))
+FASTFT_DECLARE(void shared_decode_attention(const DecodeAttention&, float* room))
 
 }  // namespace fastft

@@ -1,6 +1,7 @@
-// A decoder layer in one call: the kernels of its operators, one after the other over one scratch.
+// Decoder layers in one parallel region, over one scratch: its threads share each product and the
+// attention, and make the rows that a product reads each for itself where there are few of them.
 //
-// Each of them gives a token the same bits whatever tokens are computed beside it, so the layer does.
+// Each kernel gives a token the same bits whatever tokens are computed beside it, so the layers do.
 #include "decoder_layer.h"
 
 #include <algorithm>
@@ -11,211 +12,360 @@
 #include "quantized_linear.h"
 #include "rotary.h"
 #include "scratch.h"
-#include "vec.h"
+#include "tile.h"
 
 namespace fastft::FASTFT_ISA {
 namespace {
 
-// Cuts one piece of scratch memory into aligned arrays.
-class Arena {
- public:
-  static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
-  explicit Arena(float* data) : next_(data) {}
+// Cuts one piece of scratch memory into aligned arrays; without memory it counts.
+struct Arena {
+  float* data;
+  int64_t size = 0;
   float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += padded(floats);
+    float* taken = data ? data + size : nullptr;
+    size += round_up(floats, 16);
     return taken;
   }
-
- private:
-  float* next_;
 };
 
-struct Layer {
-  const DecoderLayer& a;
-  int in_count, up_count;          // linears that read the attention's and the MLP's input
-  int64_t qkv_width, q_width, kv_width, up_width, inner;
-
-  explicit Layer(const DecoderLayer& a) : a(a) {
-    in_count = a.linears - (a.gated && a.linears == 7 ? 4 : 3);
-    up_count = a.linears - in_count - 2;
-    q_width = a.heads * a.dim, kv_width = a.kv_heads * a.dim, qkv_width = q_width + 2 * kv_width;
-    up_width = 0;
-    for (int i = 0; i < up_count; ++i) up_width += up()[i].out;
-    inner = a.gated ? up_width / 2 : up_width;
+// The widths of a layer's parts.
+struct Widths {
+  int in_count, up_count;  // linears that read the attention's and the MLP's input
+  int64_t q, kv, qkv, up = 0, inner;
+  Widths(const DecoderLayer& a, const DecoderStep& step)
+      : in_count(a.linears - (a.gated && a.linears == 7 ? 4 : 3)),
+        up_count(a.linears - in_count - 2), q(a.heads * step.dim), kv(step.kv_heads * step.dim),
+        qkv(q + 2 * kv) {
+    for (int i = 0; i < up_count; ++i) up += a.linear[in_count + 1 + i].out;
+    inner = a.gated ? up / 2 : up;
   }
-  const QuantizedLinear* in() const { return a.linear; }
-  const QuantizedLinear* up() const { return a.linear + in_count + 1; }
+};
 
-  void norm(const float* x, const float* residual, const NormWeight& w, int64_t rows, int64_t hidden,
-            float* total, float* y, float* statistics) const {
-    NormForward n{};
-    n.dtype = DType::float32, n.rows = rows, n.hidden = hidden;
-    n.x = x, n.x_stride = hidden;
-    n.residual = residual, n.residual_stride = hidden, n.total = total;
-    n.weight = w.weight, n.bias = w.bias, n.eps = a.eps, n.center = a.center;
-    n.y = y, n.mean = statistics, n.rstd = statistics + rows;
-    norm_forward(n);
-  }
+// Linears of the layer that share their rows; x is one tensor, or made by a source.
+struct Group {
+  QuantizedLinear parts[kParts];
+  int first, count;
+};
 
-  // Linears [first, first + count) of the layer over x, side by side in y; adapters added.
-  void linears(int first, int count, const float* x, int64_t width, float* y) const {
-    QuantizedLinear parts[kParts];
-    int64_t column = 0;
-    const int all = uniform_adapter();
-    for (int i = 0; i < count; ++i) {
-      QuantizedLinear& part = parts[i] = a.linear[first + i];
-      part.rows = a.tokens;
-      part.x = {x, DType::float32, part.in};
-      part.y = y + column, part.y_stride = width;
-      column += part.out;
-      if (all >= 0) set_adapter(part, all, first + i);
-    }
-    quantized_linears(parts, count);
-    if (all != kMixed) return;
-    // Rows beside each other that take the same adapter, which is added to what lies in y.
-    for (int64_t row = 0, end; row < a.batch; row = end) {
-      for (end = row + 1; end < a.batch && a.adapter_of[end] == a.adapter_of[row];) ++end;
-      const int64_t token = a.cu_seqlens[row], tokens = a.cu_seqlens[end] - token;
-      if (a.adapter_of[row] < 0 || tokens == 0) continue;
-      for (int i = 0; i < count; ++i) {
-        QuantizedLinear part = parts[i];
-        part.rows = tokens, part.onto = true;
-        part.x.data = x + token * part.in;
-        part.y = static_cast<float*>(part.y) + token * width;
-        set_adapter(part, a.adapter_of[row], first + i);
-        if (part.rank) quantized_linear(part);
-      }
-    }
-  }
+// The memory of a step, as one of its threads sees it.
+struct Buffers {
+  float* y;          // (tokens, widest of a layer): q, k, v, then gate and up
+  float* branch;     // (tokens, hidden): what is added to the residual stream next
+  float* queries;    // (batch, queries, q) where rows have different numbers of tokens
+  float* attended;   // the same, of the attention's result
+  float* room;       // of the operators
+  float* totals[2];  // (tokens, hidden), in turns: the residual stream
+  float* scratch;    // of a row, each thread's own
+  int64_t size;
+};
 
-  void append() const;
-  void attend(const float* qkv, float* room, float* out) const;
+class Step {
+ public:
+  Step(const DecoderLayer* const* layers, const LayerCache* caches, int count, const DecoderStep& a);
   void run() const;
 
  private:
   static constexpr int kMixed = -2;
 
-  // The adapter all rows take, -1 where they take none, kMixed where they differ.
-  int uniform_adapter() const {
-    if (!a.adapter_of || a.batch == 0) return a.adapter_count == 1 && !a.adapter_of ? 0 : -1;
-    for (int64_t row = 1; row < a.batch; ++row)
-      if (a.adapter_of[row] != a.adapter_of[0]) return kMixed;
-    return a.adapter_of[0];
+  // Few tokens: every thread keeps the residual stream of all of them.
+  bool few() const { return a.tokens <= kSharedRows; }
+  bool even() const { return a.batch * a.queries == a.tokens; }
+  Buffers buffers(float* data, int thread) const;
+  Group group(const DecoderLayer& layer, int first, int count, float* y, int64_t width) const;
+  DecodeAttention attention(const DecoderLayer& layer, const LayerCache& cache, const Buffers& b,
+                            const Widths& w) const;
+  void compute(const DecoderLayer& layer, const LayerCache& cache, const Buffers& b,
+               const float*& carried, bool first) const;
+  void add(const DecoderLayer& layer, const Group& group, const RowSource* source, float* room) const;
+  void place(const DecoderLayer& layer, const LayerCache& cache, const Widths& w, int64_t token,
+             float* qkv, float* queries, float* scratch) const;
+  int uniform_adapter(const DecoderLayer& layer) const;
+
+  const DecoderLayer* const* layers;
+  const LayerCache* caches;
+  int count;
+  const DecoderStep& a;
+  std::vector<int32_t> row_of, seen;  // of every token; of every row
+  int threads = 1;
+  int64_t room = 0, y = 0, attended = 0, widest = 0;  // the most that a layer needs
+};
+
+// The adapter all rows take, -1 where they take none, kMixed where they differ.
+int Step::uniform_adapter(const DecoderLayer& layer) const {
+  if (!a.adapter_of || a.batch == 0) return layer.adapter_count == 1 && !a.adapter_of ? 0 : -1;
+  for (int64_t row = 1; row < a.batch; ++row)
+    if (a.adapter_of[row] != a.adapter_of[0]) return kMixed;
+  return a.adapter_of[0];
+}
+
+void set_adapter(QuantizedLinear& part, const LayerAdapter& from, int linear) {
+  part.rank = from.rank[linear];
+  part.a = from.a[linear], part.b = from.b[linear], part.lora_scale = from.scale[linear];
+}
+
+// Linears [first, first + count) of the layer, their results side by side in y.
+Group Step::group(const DecoderLayer& layer, int first, int count, float* y, int64_t width) const {
+  Group g{{}, first, count};
+  const int all = uniform_adapter(layer);
+  for (int i = 0; i < count; ++i) {
+    QuantizedLinear& part = g.parts[i] = layer.linear[first + i];
+    part.rows = a.tokens;
+    part.x = {nullptr, DType::float32, part.in};
+    part.y = y, part.y_stride = width;
+    if (y) y += part.out;
+    if (all >= 0) set_adapter(part, layer.adapters[all], first + i);
   }
-  void set_adapter(QuantizedLinear& part, int adapter, int linear) const {
-    const LayerAdapter& from = a.adapters[adapter];
-    part.rank = from.rank[linear];
-    part.a = from.a[linear], part.b = from.b[linear], part.lora_scale = from.scale[linear];
+  return g;
+}
+
+Step::Step(const DecoderLayer* const* layers, const LayerCache* caches, int count,
+           const DecoderStep& a)
+    : layers(layers), caches(caches), count(count), a(a), row_of(a.tokens), seen(a.batch) {
+  for (int64_t row = 0; row < a.batch; ++row) {
+    std::fill(row_of.begin() + a.cu_seqlens[row], row_of.begin() + a.cu_seqlens[row + 1], row);
+    seen[row] = a.cu_seqlens[row + 1] > a.cu_seqlens[row] ? a.lengths[row] : 0;
+  }
+  auto for_each_group = [&](const DecoderLayer& layer, auto&& body) {
+    const Widths w(layer, a);
+    for (auto [first, size] : {std::pair{0, w.in_count}, {w.in_count, 1},
+                               {w.in_count + 1, w.up_count}, {layer.linears - 1, 1}})
+      body(group(layer, first, size, nullptr, 0));
+  };
+  for (int i = 0; i < count; ++i)
+    for_each_group(*layers[i], [&](const Group& g) {
+      threads = std::max(threads, quantized_linears_threads(g.parts, g.count));
+    });
+  for (int i = 0; i < count; ++i) {
+    const DecoderLayer& layer = *layers[i];
+    const Widths w(layer, a);
+    y = std::max(y, std::max(w.qkv, w.up)), attended = std::max(attended, w.q);
+    widest = std::max({widest, layer.hidden, w.inner, w.q});
+    for_each_group(layer, [&](Group g) {
+      // Rows with adapters of their own: one is added at a time.
+      for (int j = 0; j < g.count; ++j)
+        for (int k = 0; k < layer.adapter_count; ++k)
+          g.parts[j].rank = std::max(g.parts[j].rank, layer.adapters[k].rank[g.first + j]);
+      room = std::max(room, quantized_linears_floats(g.parts, g.count, threads));
+    });
+    room = std::max(room, decode_attention_floats(attention(layer, caches[i], {}, w), threads));
+  }
+}
+
+Buffers Step::buffers(float* data, int thread) const {
+  Arena arena{data};
+  const int64_t stream = a.tokens * a.hidden, places = a.batch * a.queries;
+  Buffers b{};
+  b.y = arena.take(a.tokens * y), b.branch = arena.take(stream), b.room = arena.take(room);
+  b.queries = arena.take(even() ? 0 : places * attended), b.attended = arena.take(places * attended);
+  if (!few()) b.totals[0] = arena.take(stream), b.totals[1] = arena.take(stream);
+  arena.size += thread * (round_up(widest, 16) + (few() ? 2 * round_up(stream, 16) : 0));
+  b.size = arena.size;
+  if (few()) b.totals[0] = arena.take(stream), b.totals[1] = arena.take(stream);
+  b.scratch = arena.take(widest);
+  return b;
+}
+
+DecodeAttention Step::attention(const DecoderLayer& layer, const LayerCache& cache, const Buffers& b,
+                                const Widths& w) const {
+  DecodeAttention d{};
+  d.dtype = a.cache_dtype, d.query_dtype = DType::float32;
+  d.batch = a.batch, d.queries = a.queries, d.heads = layer.heads, d.kv_heads = a.kv_heads;
+  d.dim = a.dim, d.lengths = seen.data();
+  const int64_t token = even() ? w.qkv : w.q;
+  d.q = {even() ? b.y : b.queries, a.queries * token, token, a.dim};
+  d.k = {cache.keys.data, cache.keys.row_stride, cache.keys.slot_stride, cache.keys.head_stride};
+  d.v = {cache.values.data, cache.values.row_stride, cache.values.slot_stride,
+         cache.values.head_stride};
+  d.scale = layer.scale, d.window = layer.window, d.softcap = layer.softcap;
+  d.out = b.attended;
+  return d;
+}
+
+// Rows that products read. `again` gives the same ones, and keeps nothing.
+
+// x + residual, or x alone, normalised; the sum is kept.
+struct NormRows {
+  const DecoderLayer& layer;
+  NormWeight w;
+  const float* x;
+  const float* residual;  // or null
+  float *total, *scratch;
+  NormRows again() const { return {layer, w, residual ? total : x, nullptr, nullptr, scratch}; }
+  static void fill(const void* context, int64_t row, float* out) {
+    const NormRows& s = *static_cast<const NormRows*>(context);
+    const int64_t at = row * s.layer.hidden;
+    float statistics[2];
+    NormForward n{};
+    n.dtype = DType::float32, n.rows = 1, n.hidden = s.layer.hidden, n.x = s.x + at;
+    if (s.residual) n.residual = s.residual + at, n.total = s.total + at;
+    n.weight = s.w.weight, n.bias = s.w.bias, n.eps = s.layer.eps, n.center = s.layer.center;
+    n.y = out, n.mean = statistics, n.rstd = statistics + 1;
+    norm_forward_row(n, 0, s.scratch);
   }
 };
 
-template <class T>
-void append_heads(const DecoderLayer& a, const float* x, int64_t stride, const CacheSlots& cache) {
-  for (int64_t row = 0; row < a.batch; ++row) {
-    const int64_t begin = a.cu_seqlens[row], count = a.cu_seqlens[row + 1] - begin;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t head = 0; head < a.kv_heads; ++head) {
-        const float* from = x + (begin + i) * stride + head * a.dim;
-        T* to = static_cast<T*>(cache.data) + row * cache.row_stride + head * cache.head_stride +
-                (a.lengths[row] - count + i) * cache.slot_stride;
-        for_each_vec(a.dim, [&](int64_t j, auto n) { store(to + j, load(from + j, n), n); });
-      }
+// act(gate) * up, or act(up).
+struct GatedRows {
+  GatedForward g;
+  GatedRows again() const { return *this; }
+  static void fill(const void* context, int64_t row, float* out) {
+    GatedForward g = static_cast<const GatedRows*>(context)->g;
+    g.h = out - row * g.columns;
+    gated_forward_row(g, row);
+  }
+};
+
+// The attention's result, from the places where it lies.
+struct AttendedRows {
+  const DecoderStep& a;
+  const int32_t* row_of;
+  const float* data;
+  int64_t width;
+  AttendedRows again() const { return *this; }
+  // Where they have fewer tokens than `queries`, rows fill the last places.
+  int64_t place(int64_t token) const {
+    const int32_t row = row_of[token];
+    return (row + 1) * a.queries - (a.cu_seqlens[row + 1] - token);
+  }
+  static void fill(const void* context, int64_t token, float* out) {
+    const AttendedRows& s = *static_cast<const AttendedRows*>(context);
+    std::copy_n(s.data + s.place(token) * s.width, s.width, out);
+  }
+};
+
+// Adds to what lies in y the adapters of rows that differ in theirs.
+void Step::add(const DecoderLayer& layer, const Group& group, const RowSource* source,
+               float* room) const {
+  struct From {
+    const RowSource* source;
+    int64_t first;
+    static void fill(const void* context, int64_t row, float* out) {
+      const From& s = *static_cast<const From*>(context);
+      s.source->fill(s.source->context, s.first + row, out);
+    }
+  };
+  // Rows beside each other that take the same adapter.
+  for (int64_t row = 0, end; row < a.batch; row = end) {
+    for (end = row + 1; end < a.batch && a.adapter_of[end] == a.adapter_of[row];) ++end;
+    const From from{source, a.cu_seqlens[row]};
+    const int64_t tokens = a.cu_seqlens[end] - from.first;
+    if (a.adapter_of[row] < 0 || tokens == 0) continue;
+    for (int i = 0; i < group.count; ++i) {
+      QuantizedLinear part = group.parts[i];
+      part.rows = tokens, part.onto = true;
+      part.y = static_cast<float*>(part.y) + from.first * part.y_stride;
+      set_adapter(part, layer.adapters[a.adapter_of[row]], group.first + i);
+      const RowSource shifted{From::fill, &from};
+      if (part.rank) shared_quantized_linears(&part, 1, &shifted, room);
+    }
   }
 }
 
-// Attention of all rows at once: where they have fewer tokens than `queries`, they fill the last
-// places, and what stands before is computed over fewer slots and left.
-void Layer::attend(const float* qkv, float* room, float* out) const {
-  const int64_t places = a.batch * a.queries;
-  const bool even = places == a.tokens;
-  Arena arena(room);
-  float* q = arena.take(even ? 0 : places * q_width);
-  float* result = even ? out : arena.take(places * q_width);
-  std::vector<int32_t> seen(a.batch);
-  for (int64_t row = 0; row < a.batch; ++row) {
-    const int64_t begin = a.cu_seqlens[row], count = a.cu_seqlens[row + 1] - begin;
-    seen[row] = count ? a.lengths[row] : 0;
-    if (even) continue;
-    float* to = q + row * a.queries * q_width;
-    std::fill_n(to, (a.queries - count) * q_width, 0.f);
-    to += (a.queries - count) * q_width;
-    for (int64_t i = 0; i < count; ++i)
-      std::copy_n(qkv + (begin + i) * qkv_width, q_width, to + i * q_width);
-  }
-  DecodeAttention d{};
-  d.dtype = a.cache_dtype, d.query_dtype = DType::float32;
-  d.batch = a.batch, d.queries = a.queries, d.heads = a.heads, d.kv_heads = a.kv_heads;
-  d.dim = a.dim, d.lengths = seen.data();
-  const int64_t token = even ? qkv_width : q_width;
-  d.q = {even ? qkv : q, a.queries * token, token, a.dim};
-  d.k = {a.keys.data, a.keys.row_stride, a.keys.slot_stride, a.keys.head_stride};
-  d.v = {a.values.data, a.values.row_stride, a.values.slot_stride, a.values.head_stride};
-  d.scale = a.scale, d.window = a.window, d.softcap = a.softcap;
-  d.out = result;
-  decode_attention(d);
-  if (even) return;
-  for (int64_t row = 0; row < a.batch; ++row) {
-    const int64_t begin = a.cu_seqlens[row], count = a.cu_seqlens[row + 1] - begin;
-    std::copy_n(result + (row + 1) * a.queries * q_width - count * q_width, count * q_width,
-                out + begin * q_width);
-  }
-}
-
-void Layer::run() const {
-  const int64_t n = a.tokens, places = a.batch * a.queries;
-  const int64_t normed = n * std::max(a.hidden, q_width), wide = n * std::max(qkv_width, up_width);
-  const int64_t statistics = 2 * n * std::max(a.heads, a.kv_heads) + 2 * n;
-  Scratch scratch(Arena::padded(normed) + Arena::padded(wide) + Arena::padded(n * inner) +
-                  2 * Arena::padded(n * a.hidden) + Arena::padded(statistics) +
-                  2 * Arena::padded(places * q_width));
-  Arena arena(scratch.data);
-  float *h = arena.take(normed), *y = arena.take(wide), *inside = arena.take(n * inner);
-  float *branch = arena.take(n * a.hidden), *total = arena.take(n * a.hidden);
-  float *stats = arena.take(statistics), *room = arena.take(2 * Arena::padded(places * q_width));
-
-  norm(a.x, nullptr, a.attention_norm, n, a.hidden, nullptr, h, stats);
-  linears(0, in_count, h, qkv_width, y);
-  for (int64_t token = 0; token < n; ++token) {
-    float* row = y + token * qkv_width;
-    if (a.query_norm.weight) norm(row, nullptr, a.query_norm, a.heads, a.dim, nullptr, row, stats);
-    row += q_width;
-    if (a.key_norm.weight) norm(row, nullptr, a.key_norm, a.kv_heads, a.dim, nullptr, row, stats);
-  }
+// Norms of the heads, rotation and cache of one token.
+void Step::place(const DecoderLayer& layer, const LayerCache& cache, const Widths& w, int64_t token,
+                 float* qkv, float* queries, float* scratch) const {
+  auto norm_heads = [&](float* x, int64_t heads, const NormWeight& weight) {
+    if (!weight.weight) return;
+    float statistics[2];
+    NormForward n{};
+    n.dtype = DType::float32, n.rows = 1, n.hidden = a.dim;
+    n.weight = weight.weight, n.eps = layer.eps, n.center = layer.center;
+    n.mean = statistics, n.rstd = statistics + 1;
+    for (int64_t head = 0; head < heads; ++head) {
+      n.x = n.y = x + head * a.dim;
+      norm_forward_row(n, 0, scratch);
+    }
+  };
+  float *q = qkv + token * w.qkv, *k = q + w.q, *v = k + w.kv;
+  norm_heads(q, layer.heads, layer.query_norm);
+  norm_heads(k, a.kv_heads, layer.key_norm);
   if (a.cos) {
     Rotary r{};
     r.dtype = r.angle_dtype = DType::float32;
-    r.batch = 1, r.tokens = n, r.head_dim = a.dim, r.half = a.half, r.count = 2;
-    r.parts[0] = {a.heads, y, 0, qkv_width, a.dim, y, 0, qkv_width, a.dim};
-    r.parts[1] = {a.kv_heads, y + q_width, 0, qkv_width, a.dim, y + q_width, 0, qkv_width, a.dim};
-    r.cos = a.cos, r.sin = a.sin, r.cos_token = r.sin_token = 2 * a.half;
-    rotary(r);
+    r.batch = r.tokens = 1, r.head_dim = a.dim, r.half = a.half, r.count = 2;
+    r.parts[0] = {layer.heads, q, 0, 0, a.dim, q, 0, 0, a.dim};
+    r.parts[1] = {a.kv_heads, k, 0, 0, a.dim, k, 0, 0, a.dim};
+    r.cos = a.cos + token * 2 * a.half, r.sin = a.sin + token * 2 * a.half;
+    rotary_row(r, 0);
   }
+  const int32_t row = row_of[token];
+  const int64_t slot = a.lengths[row] - (a.cu_seqlens[row + 1] - token);
   by_dtype(a.cache_dtype, [&](auto element) {
     using T = decltype(element);
-    append_heads<T>(a, y + q_width, qkv_width, a.keys);
-    append_heads<T>(a, y + q_width + kv_width, qkv_width, a.values);
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+      auto append = [&](const CacheSlots& to, const float* from) {
+        T* out = static_cast<T*>(to.data) + row * to.row_stride + head * to.head_stride +
+                 slot * to.slot_stride;
+        for_each_vec(a.dim, [&](int64_t i, auto n) {
+          store(out + i, load(from + head * a.dim + i, n), n);
+        });
+      };
+      append(cache.keys, k), append(cache.values, v);
+    }
   });
-  attend(y, room, h);
-  linears(in_count, 1, h, a.hidden, branch);
-  norm(branch, a.x, a.mlp_norm, n, a.hidden, total, h, stats);
-  linears(in_count + 1, up_count, h, up_width, y);
-  GatedForward g{};
-  g.dtype = DType::float32, g.activation = a.activation;
-  g.rows = n, g.columns = inner, g.h = inside;
-  g.gate = y, g.gate_stride = up_width;
-  g.up = a.gated ? y + inner : nullptr, g.up_stride = up_width;
-  gated_forward(g);
-  linears(a.linears - 1, 1, inside, a.hidden, branch);
-  for_each_vec(n * a.hidden, [&](int64_t i, auto count) {
-    store(a.out + i, load(total + i, count) + load(branch + i, count), count);
-  });
+  const AttendedRows places{a, row_of.data(), nullptr, w.q};
+  if (!even()) std::copy_n(q, w.q, queries + places.place(token) * w.q);
+}
+
+// One layer: its input is carried, and branch where it is not the first; so is its output after it.
+void Step::compute(const DecoderLayer& layer, const LayerCache& cache, const Buffers& b,
+                   const float*& carried, bool first) const {
+  const Widths w(layer, a);
+  const bool mixed = uniform_adapter(layer) == kMixed;
+  auto apply = [&](int index, int size, auto&& rows, float* y, int64_t width) {
+    const RowSource source{rows.fill, &rows};
+    const Group g = group(layer, index, size, y, width);
+    shared_quantized_linears(g.parts, g.count, &source, b.room);
+    if (!mixed) return;
+    const auto again = rows.again();
+    const RowSource same{again.fill, &again};
+    add(layer, g, &same, b.room);
+  };
+  auto normed = [&](const NormWeight& weight, bool sum, float* total) {
+    const NormRows rows{layer, weight, sum ? b.branch : carried, sum ? carried : nullptr, total,
+                        b.scratch};
+    if (sum) carried = total;
+    return rows;
+  };
+  apply(0, w.in_count, normed(layer.attention_norm, !first, b.totals[0]), b.y, w.qkv);
+#pragma omp for schedule(static)
+  for (int64_t token = 0; token < a.tokens; ++token)
+    place(layer, cache, w, token, b.y, b.queries, b.scratch);
+  shared_decode_attention(attention(layer, cache, b, w), b.room);
+  apply(w.in_count, 1, AttendedRows{a, row_of.data(), b.attended, w.q}, b.branch, a.hidden);
+  apply(w.in_count + 1, w.up_count, normed(layer.mlp_norm, true, b.totals[1]), b.y, w.up);
+  GatedRows gated{};
+  gated.g.dtype = DType::float32, gated.g.activation = layer.activation;
+  gated.g.rows = 1, gated.g.columns = w.inner;
+  gated.g.gate = b.y, gated.g.up = layer.gated ? b.y + w.inner : nullptr;
+  gated.g.gate_stride = gated.g.up_stride = w.up;
+  apply(layer.linears - 1, 1, gated, b.branch, a.hidden);
+}
+
+void Step::run() const {
+  const int64_t stream = a.tokens * a.hidden;
+  Scratch memory(buffers(nullptr, threads).size);
+  if (!even()) {
+    const Buffers b = buffers(memory.data, 0);
+    std::fill_n(b.queries, a.batch * a.queries * attended, 0.f);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffers b = buffers(memory.data, omp_get_thread_num());
+    const float* carried = a.x;
+    for (int i = 0; i < count; ++i) compute(*layers[i], caches[i], b, carried, i == 0);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < stream; i += kWidth)
+      if (i + kWidth <= stream) store(a.out + i, load(carried + i) + load(b.branch + i));
+      else store(a.out + i, load(carried + i, stream - i) + load(b.branch + i, stream - i), stream - i);
+  }
 }
 
 }  // namespace
 
-void decoder_layer(const DecoderLayer& a) {
-  if (a.tokens) Layer(a).run();
+void decoder_layers(const DecoderLayer* const* layers, const LayerCache* caches, int count,
+                    const DecoderStep& a) {
+  if (a.tokens) Step(layers, caches, count, a).run();
 }
 
 }  // namespace fastft::FASTFT_ISA

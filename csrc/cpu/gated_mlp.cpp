@@ -63,26 +63,39 @@ void for_each_piece(int64_t rows, int64_t columns, Body&& body) {
   }
 }
 
+// Columns [first, first + size) of a row.
+template <class T, class Act>
+void forward_piece(const GatedForward& a, Act activation, int64_t row, int64_t first, int64_t size) {
+  const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
+  T* h = static_cast<T*>(a.h) + row * a.columns + first;
+  if (!a.up) {
+    for_each_vec(size, [&](int64_t i, auto n) {
+      store(h + i, activation.act(load(gate + i, n)), n);
+    });
+    return;
+  }
+  const T* up = static_cast<const T*>(a.up) + row * a.up_stride + first;
+  for_each_vec(size, [&](int64_t i, auto n) {
+    store(h + i, activation.act(load(gate + i, n)) * load(up + i, n), n);
+  });
+}
+
 }  // namespace
 
 void gated_forward(const GatedForward& a) {
   by_dtype(a.dtype, [&](auto element) {
-    using T = decltype(element);
     by_activation(a.activation, [&](auto activation) {
       for_each_piece(a.rows, a.columns, [&](int64_t row, int64_t first, int64_t size) {
-        const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + first;
-        T* h = static_cast<T*>(a.h) + row * a.columns + first;
-        if (!a.up) {
-          for_each_vec(size, [&](int64_t i, auto n) {
-            store(h + i, activation.act(load(gate + i, n)), n);
-          });
-          return;
-        }
-        const T* up = static_cast<const T*>(a.up) + row * a.up_stride + first;
-        for_each_vec(size, [&](int64_t i, auto n) {
-          store(h + i, activation.act(load(gate + i, n)) * load(up + i, n), n);
-        });
+        forward_piece<decltype(element)>(a, activation, row, first, size);
       });
+    });
+  });
+}
+
+void gated_forward_row(const GatedForward& a, int64_t row) {
+  by_dtype(a.dtype, [&](auto element) {
+    by_activation(a.activation, [&](auto activation) {
+      forward_piece<decltype(element)>(a, activation, row, 0, a.columns);
     });
   });
 }

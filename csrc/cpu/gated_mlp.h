@@ -32,6 +32,8 @@ struct GatedBackward {
 };
 
 FASTFT_DECLARE(void gated_forward(const GatedForward&))
+// One row, by the calling thread.
+FASTFT_DECLARE(void gated_forward_row(const GatedForward&, int64_t row))
 FASTFT_DECLARE(void gated_backward(const GatedBackward&))
 
 }  // namespace fastft

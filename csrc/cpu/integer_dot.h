@@ -70,8 +70,15 @@ struct NibblePair {
 // The scales of two neighbouring runs of a channel, each in half of the lanes.
 template <class Weights>
 inline Vec scales_of(const Weights& w, int c, int64_t k, int64_t in) {
-  const float first = w.scale_of(c, k), second = w.scale_of(c, k + kRun < in ? k + kRun : k);
-  return (Vec)_mm512_insertf32x8(_mm512_set1_ps(first), _mm256_set1_ps(second), 1);
+  uint32_t both;
+  const BFloat16* p = w.scale[c] + (k >> w.shift);
+  if (w.shift == 5 && k + kRun < in) std::memcpy(&both, p, sizeof both);
+  else both = p->bits * 0x10001u;
+  // The first in the low half of each number, to be moved up in the first half of the lanes.
+  const __m512i moved = _mm512_sllv_epi32(_mm512_set1_epi32(int(both)),
+                                          _mm512_setr_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0,
+                                                            0, 0, 0, 0, 0));
+  return (Vec)_mm512_and_si512(moved, _mm512_set1_epi32(int(0xffff0000)));
 }
 
 // sums[r][c] = x[row + r] * weights[c], but for the scale of a whole channel.

@@ -43,6 +43,8 @@ struct NormBackward {
 };
 
 FASTFT_DECLARE(void norm_forward(const NormForward&))
+// One row, by the calling thread; scratch holds `hidden` floats.
+FASTFT_DECLARE(void norm_forward_row(const NormForward&, int64_t row, float* scratch))
 FASTFT_DECLARE(void norm_backward(const NormBackward&))
 
 }  // namespace fastft

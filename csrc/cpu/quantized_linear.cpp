@@ -14,7 +14,10 @@ namespace fastft::FASTFT_ISA {
 namespace {
 
 constexpr int kQuads = 4;        // kChannels outputs each: what a thread takes at a time
+constexpr int64_t kBlock = kQuads * kChannels;
 constexpr int64_t kChunk = 256;  // rows that are made ready at once
+constexpr int64_t kTiles = kChunk / kTile;
+static_assert(kTile == kSharedRows);
 
 // Lane c of the result, c < kChannels, is the sum of all lanes of sums[c].
 inline Vec fold_channels(const Vec* sums) {
@@ -37,51 +40,90 @@ constexpr int64_t tile_floats(int64_t in) {
   return kTile * (round_up(in, kSlice) + round_up(shift_floats(in), kWidth) + rounded_floats(in));
 }
 
-RoundedTile round_tile(const Tile& x, int64_t in, float* scratch) {
-  const int64_t runs = runs_of(in);
-  auto* bytes = reinterpret_cast<int8_t*>(scratch);
-  auto* shifts = reinterpret_cast<int32_t*>(bytes + x.rows * runs * kRun);
-  float* scales = reinterpret_cast<float*>(shifts + x.rows * runs * kRunSums);
-  for (int r = 0; r < x.rows; ++r)
-    for (int64_t k = 0; k < in; k += kSlice) {
-      const int64_t run = r * runs + k / kRun;
-      round_row(x.data + k / kSlice * x.slice + r * x.stride, std::min(kSlice, in - k),
-                bytes + run * kRun, scales + run * kScales, shifts + run * kRunSums);
-    }
-  return {bytes, scales, shifts, runs, x.rows};
-}
-
 // Which forms of x the layers' weights are multiplied with, beside floats.
 struct Forms {
   bool shifted, rounded;
 };
 
-Tile make_tile(const QuantizedLinear& a, int64_t row, int rows, Forms forms, float* scratch) {
-  const bool packed = rows > kMaxRows;
-  Tile tile{scratch, packed ? kSlice : round_up(a.in, kSlice), packed ? rows * kSlice : kSlice,
-            rows, nullptr, shift_floats(a.in), {}};
-  if (!packed && a.x.dtype == DType::float32 && a.in % kWidth == 0) {
-    tile.data = static_cast<const float*>(a.x.data) + row * a.x.stride, tile.stride = a.x.stride;
-  } else {
-    for (int64_t k = 0; k < a.in; k += kSlice)
-      for (int r = 0; r < rows; ++r)
-        to_floats(a.x, row + r, k, std::min(kSlice, a.in - k),
-                  scratch + k / kSlice * tile.slice + r * tile.stride);
+// What several layers over the same rows have in common, the same for every thread.
+struct Layers {
+  const QuantizedLinear* parts;
+  int count;
+  const RowSource* source;
+  Forms forms{};
+  int64_t blocks[kParts], lows[kParts], ranks[kParts + 1] = {};
+  int64_t all = 0, low = 0, work = 0, room = 0;  // sums over the parts, and the largest room
+
+  Layers(const QuantizedLinear* parts, int count, const RowSource* source);
+  int64_t rows() const { return parts[0].rows; }
+  int64_t in() const { return parts[0].in; }
+  // A single tile is made by every thread for itself: nobody waits for it.
+  bool single() const { return rows() <= kTile; }
+  int64_t tiles() const { return std::min(kTiles, (rows() + kTile - 1) / kTile); }
+  int64_t own_floats() const { return round_up(in(), 16) + room; }
+  int64_t floats(int threads) const {
+    return (single() ? threads : tiles()) * tile_floats(in()) + tiles() * kTile * ranks[count] +
+           threads * own_floats();
   }
-  float* shifts = scratch + kTile * round_up(a.in, kSlice);
-  if (forms.rounded)
-    tile.rounded = round_tile(tile, a.in, shifts + kTile * round_up(shift_floats(a.in), kWidth));
-  if (!forms.shifted || NibbleNumbers::kShift == 0) return tile;
-  tile.shifts = shifts;
-  for (int r = 0; r < rows; ++r)
-    for (int64_t k = 0; k + kRun <= a.in; k += kRun) {
-      const float* x = tile.data + k / kSlice * tile.slice + k % kSlice + r * tile.stride;
-      if (!packed) x = tile.data + r * tile.stride + k;
-      Vec total{};
-      for (int v = 0; v < kRunVecs; ++v) total += load(x + v * kWidth);
-      store(shifts + r * tile.shift_stride + k / kRun * kWidth, total * -NibbleNumbers::kShift);
-    }
+  bool reads_in_place(int tile_rows) const {
+    const FloatRows& x = parts[0].x;
+    return !source && tile_rows <= kMaxRows && x.dtype == DType::float32 && in() % kWidth == 0;
+  }
+};
+
+// Where the parts of a tile lie in scratch memory, and of x where it is read in place.
+Tile place_tile(const Layers& layers, int64_t row, int rows, float* scratch) {
+  const int64_t in = layers.in(), runs = runs_of(in);
+  const bool packed = rows > kMaxRows;
+  Tile tile{scratch, packed ? kSlice : round_up(in, kSlice), packed ? rows * kSlice : kSlice,
+            rows, nullptr, shift_floats(in), {}};
+  if (layers.reads_in_place(rows)) {
+    const FloatRows& x = layers.parts[0].x;
+    tile.data = static_cast<const float*>(x.data) + row * x.stride, tile.stride = x.stride;
+  }
+  float* shifts = scratch + kTile * round_up(in, kSlice);
+  if (layers.forms.shifted && NibbleNumbers::kShift != 0) tile.shifts = shifts;
+  if (layers.forms.rounded) {
+    float* bytes = shifts + kTile * round_up(shift_floats(in), kWidth);
+    float* sums = bytes + rows * runs * kRun / 4;
+    tile.rounded = {reinterpret_cast<int8_t*>(bytes), sums + rows * runs * kRunSums,
+                    reinterpret_cast<int32_t*>(sums), runs, rows};
+  }
   return tile;
+}
+
+// Makes row r of a tile, and all forms of it; `whole` holds a row.
+void fill_row(const Layers& layers, const Tile& tile, int64_t row, int r, float* whole) {
+  const int64_t in = layers.in();
+  const bool packed = tile.rows > kMaxRows;
+  auto at = [&](int64_t k) {
+    return const_cast<float*>(tile.data) + k / kSlice * tile.slice + k % kSlice + r * tile.stride;
+  };
+  if (layers.source) {
+    float* to = packed ? whole : at(0);
+    layers.source->fill(layers.source->context, row + r, to);
+    std::fill(to + in, to + round_up(in, kWidth), 0.f);
+    for (int64_t k = 0; packed && k < in; k += kSlice)
+      std::copy_n(to + k, round_up(std::min(kSlice, in - k), kWidth), at(k));
+  } else if (!layers.reads_in_place(tile.rows)) {
+    for (int64_t k = 0; k < in; k += kSlice)
+      to_floats(layers.parts[0].x, row + r, k, std::min(kSlice, in - k), at(k));
+  }
+  if (layers.forms.rounded) {
+    const RoundedTile& x = tile.rounded;
+    for (int64_t k = 0; k < in; k += kSlice) {
+      const int64_t run = r * x.runs + k / kRun;
+      round_row(at(k), std::min(kSlice, in - k), const_cast<int8_t*>(x.bytes) + run * kRun,
+                const_cast<float*>(x.scales) + run * kScales,
+                const_cast<int32_t*>(x.shifts) + run * kRunSums);
+    }
+  }
+  for (int64_t k = 0; tile.shifts && k + kRun <= in; k += kRun) {
+    Vec total{};
+    for (int v = 0; v < kRunVecs; ++v) total += load(at(k) + v * kWidth);
+    store(const_cast<float*>(tile.shifts) + r * tile.shift_stride + k / kRun * kWidth,
+          total * -NibbleNumbers::kShift);
+  }
 }
 
 // kChannels rows from `first` on; past the last one, that one again, whose results nobody stores.
@@ -119,17 +161,18 @@ struct Finish {
   int count;  // outputs that exist
 };
 
-Finish finish_at(const QuantizedLinear& a, int64_t first) {
+inline Finish finish_at(const QuantizedLinear& a, int64_t first) {
   Finish f{broadcast(1.f), Vec{}, a.rank ? a.lora_scale : 0.f,
            int(std::min<int64_t>(kChannels, a.out - first))};
-  for (int c = 0; c < f.count; ++c) {
-    if (a.bias.data)
-      by_dtype(a.bias.dtype, [&](auto element) {
-        using T = decltype(element);
-        f.bias[c] = to_float(static_cast<const T*>(a.bias.data)[(first + c) * a.bias.stride]);
-      });
-    if (a.layout == WeightLayout::int8)
-      f.scale[c] = static_cast<const float*>(a.scale)[(first + c) * a.scale_stride];
+  for (int c = 0; a.bias.data && c < f.count; ++c) f.bias[c] = float_at(a.bias, first + c);
+  if (a.layout != WeightLayout::int8) return f;
+  const float* scale = static_cast<const float*>(a.scale) + first * a.scale_stride;
+  if (a.scale_stride == 1 && f.count == kChannels) {
+    // At once: lane by lane it would take as long as a short row.
+    f.scale = Vec{};
+    std::memcpy(&f.scale, scale, sizeof(float) * kChannels);
+  } else {
+    for (int c = 0; c < f.count; ++c) f.scale[c] = scale[c * a.scale_stride];
   }
   return f;
 }
@@ -205,8 +248,24 @@ void layer_block(const QuantizedLinear& a, const Tile& x, const Tile& t, int64_t
   }
 }
 
-// kChannels columns of t = x A^T from `first` on.
+Layers::Layers(const QuantizedLinear* parts, int count, const RowSource* source)
+    : parts(parts), count(count), source(source) {
+  for (int p = 0; p < count; ++p) {
+    const QuantizedLinear& a = parts[p];
+    all += blocks[p] = (a.out + kBlock - 1) / kBlock;
+    low += lows[p] = (a.rank + kChannels - 1) / kChannels;
+    ranks[p + 1] = ranks[p] + round_up(a.rank, kWidth);
+    work += a.rows * a.in * a.out;
+    room = std::max(room, Room::floats(a));
+    const bool rounds = a.round_inputs && a.scale && !a.onto;
+    forms.rounded = forms.rounded || rounds;
+    forms.shifted = forms.shifted || (!rounds && a.layout == WeightLayout::int4);
+  }
+}
+
+// kChannels columns of t = x A^T from `first` on, and the zeros behind the last one.
 void project(const QuantizedLinear& a, const Tile& x, int64_t first, float* unpacked, float* t) {
+  const int64_t stride = round_up(a.rank, kWidth);
   by_dtype(a.a.dtype, [&](auto element) {
     using T = decltype(element);
     Plain<T> w;
@@ -216,8 +275,10 @@ void project(const QuantizedLinear& a, const Tile& x, int64_t first, float* unpa
     sum_tile(&w, 1, x, a.in, unpacked, &sums);
     Finish finish{broadcast(1.f), Vec{}, 0.f, int(std::min<int64_t>(kChannels, a.rank - first))};
     for (int r = 0; r < x.rows; ++r)
-      finish_row(finish, sums[r], nullptr, t + r * round_up(a.rank, kWidth) + first);
+      finish_row(finish, sums[r], nullptr, t + r * stride + first);
   });
+  for (int r = 0; r < x.rows && first + kChannels >= a.rank; ++r)
+    std::fill(t + r * stride + a.rank, t + (r + 1) * stride, 0.f);
 }
 
 // Which part of several an item belongs to: `counts` of them lie one after the other.
@@ -231,54 +292,47 @@ inline Item item_of(const int64_t* counts, int64_t i) {
   return {part, i};
 }
 
-// Layers over the same rows: one region, so that small ones need not wait for each other.
+// Shared by the threads of the region it is called in.
 template <class T>
-void layers(const QuantizedLinear* parts, int count) {
-  constexpr int64_t kBlock = kQuads * kChannels, kTiles = kChunk / kTile;
-  const QuantizedLinear& first = parts[0];
-  Forms forms{};
-  int64_t blocks[kParts], lows[kParts], ranks[kParts + 1] = {}, all = 0, low = 0, work = 0, room = 0;
-  for (int p = 0; p < count; ++p) {
-    const QuantizedLinear& a = parts[p];
-    all += blocks[p] = (a.out + kBlock - 1) / kBlock;
-    low += lows[p] = (a.rank + kChannels - 1) / kChannels;
-    ranks[p + 1] = ranks[p] + round_up(a.rank, kWidth);
-    work += a.rows * a.in * a.out;
-    room = std::max(room, Room::floats(a));
-    const bool rounds = a.round_inputs && a.scale && !a.onto;
-    forms.rounded = forms.rounded || rounds;
-    forms.shifted = forms.shifted || (!rounds && a.layout == WeightLayout::int4);
-  }
-  const int64_t most = std::min(kTiles, (first.rows + kTile - 1) / kTile);
-  const int64_t width = tile_floats(first.in), span = most * kTile;
-  const int threads = threads_for(std::max(all, low), work >= kGrain);
-  Scratch xs(most * width), ts(span * ranks[count]), own(room, threads);
-  std::fill_n(ts.data, span * ranks[count], 0.f);
-  for (int64_t start = 0; start < first.rows; start += kChunk) {
-    const int64_t rows = std::min(kChunk, first.rows - start), tiles = (rows + kTile - 1) / kTile;
+void compute(const Layers& layers, float* xs) {
+  const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t width = tile_floats(layers.in()), span = layers.tiles() * kTile;
+  float* ts = xs + (layers.single() ? threads : layers.tiles()) * width;
+  float* whole = ts + span * layers.ranks[layers.count] + thread * layers.own_floats();
+  float* own = whole + round_up(layers.in(), 16);
+  for (int64_t start = 0; start < layers.rows(); start += kChunk) {
+    const int64_t rows = std::min(kChunk, layers.rows() - start), tiles = (rows + kTile - 1) / kTile;
     Tile x[kTiles];
+    for (int64_t i = 0; i < tiles; ++i)
+      x[i] = place_tile(layers, start + i * kTile, int(std::min(kTile, rows - i * kTile)),
+                        xs + (layers.single() ? thread : i) * width);
+    if (layers.single()) {
+      for (int r = 0; r < rows; ++r) fill_row(layers, x[0], 0, r, whole);
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < rows; ++row)
+        fill_row(layers, x[row / kTile], start + row / kTile * kTile, int(row % kTile), whole);
+    }
     auto low_rows = [&](int p, int64_t tile) {
-      const int64_t rank = ranks[p + 1] - ranks[p];
-      return Tile{ts.data + span * ranks[p] + tile * kTile * rank, rank, kSlice, x[tile].rows,
+      const int64_t rank = layers.ranks[p + 1] - layers.ranks[p];
+      return Tile{ts + span * layers.ranks[p] + tile * kTile * rank, rank, kSlice, x[tile].rows,
                   nullptr, 0, {}};
     };
-#pragma omp parallel for num_threads(threads) if (rows * first.in >= kGrain)
-    for (int64_t i = 0; i < tiles; ++i)
-      x[i] = make_tile(first, start + i * kTile, int(std::min(kTile, rows - i * kTile)), forms,
-                       xs.data + i * width);
-#pragma omp parallel for num_threads(threads) if (rows * first.in * ranks[count] >= 8 * kGrain)
-    for (int64_t i = 0; i < tiles * low; ++i) {
-      const Item item = item_of(lows, i % low);
-      const Tile t = low_rows(item.part, i / low);
-      project(parts[item.part], x[i / low], item.index * kChannels, own.own(),
-              const_cast<float*>(t.data));
+    if (layers.low) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < tiles * layers.low; ++i) {
+        const Item item = item_of(layers.lows, i % layers.low);
+        const Tile t = low_rows(item.part, i / layers.low);
+        project(layers.parts[item.part], x[i / layers.low], item.index * kChannels, own,
+                const_cast<float*>(t.data));
+      }
     }
-#pragma omp parallel for num_threads(threads) schedule(guided, 2)
-    for (int64_t block = 0; block < all; ++block) {
-      const Item item = item_of(blocks, block);
-      const QuantizedLinear& a = parts[item.part];
+#pragma omp for schedule(guided, 2)
+    for (int64_t block = 0; block < layers.all; ++block) {
+      const Item item = item_of(layers.blocks, block);
+      const QuantizedLinear& a = layers.parts[item.part];
       for (int64_t i = 0; i < tiles; ++i)
-        layer_block(a, x[i], low_rows(item.part, i), item.index * kBlock, Room(own.own()),
+        layer_block(a, x[i], low_rows(item.part, i), item.index * kBlock, Room(own),
                     static_cast<T*>(a.y) + (start + i * kTile) * a.y_stride);
     }
   }
@@ -286,7 +340,20 @@ void layers(const QuantizedLinear* parts, int count) {
 
 }  // namespace
 
-void quantized_linears(const QuantizedLinear* parts, int count) {
+int quantized_linears_threads(const QuantizedLinear* parts, int count) {
+  const Layers layers(parts, count, nullptr);
+  return threads_for(std::max(layers.all, layers.low), layers.work >= kGrain);
+}
+
+int64_t quantized_linears_floats(const QuantizedLinear* parts, int count, int threads) {
+  int64_t floats = Layers(parts, count, nullptr).floats(threads);
+  for (int p = 0; p < count; ++p)
+    if (parts[p].transposed) floats = std::max(floats, transposed_floats(parts[p], threads));
+  return floats;
+}
+
+void shared_quantized_linears(const QuantizedLinear* parts, int count, const RowSource* source,
+                              float* room) {
   QuantizedLinear rest[kParts];
   int left = 0;
   by_dtype(parts[0].x.dtype, [&](auto element) {
@@ -296,14 +363,21 @@ void quantized_linears(const QuantizedLinear* parts, int count) {
       if (a.rows == 0 || a.out == 0) continue;
       if (a.transposed && !a.onto) {
         by_dtype(static_cast<DType>(a.layout), [&](auto stored) {
-          transposed_layer<decltype(stored), T>(a);
+          transposed_layer<decltype(stored), T>(a, source, room);
         });
         a.onto = true;
       }
       if (!a.onto || a.rank) rest[left++] = a;
     }
-    if (left) layers<T>(rest, left);
+    if (left) compute<T>(Layers(rest, left, source), room);
   });
+}
+
+void quantized_linears(const QuantizedLinear* parts, int count) {
+  const int threads = quantized_linears_threads(parts, count);
+  Scratch room(quantized_linears_floats(parts, count, threads));
+#pragma omp parallel num_threads(threads)
+  shared_quantized_linears(parts, count, nullptr, room.data);
 }
 
 void quantized_linear(const QuantizedLinear& a) { quantized_linears(&a, 1); }

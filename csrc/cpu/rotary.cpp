@@ -34,27 +34,37 @@ void rotate_token(const Rotary& a, const Rotated& part, int64_t batch, int64_t t
 constexpr int64_t kParallel = 2 * kGrain;
 
 template <class T, class A>
+void rotate_row(const Rotary& a, int64_t row) {
+  for (int i = 0; i < a.count; ++i)
+    rotate_token<T, A>(a, a.parts[i], row / a.tokens, row % a.tokens);
+}
+
+template <class T, class A>
 void rotate(const Rotary& a) {
   int64_t heads = 0;
   for (int i = 0; i < a.count; ++i) heads += a.parts[i].heads;
   const int64_t rows = a.batch * a.tokens;
 #pragma omp parallel for if (rows * heads * a.head_dim >= kParallel)
-  for (int64_t row = 0; row < rows; ++row)
-    for (int i = 0; i < a.count; ++i)
-      rotate_token<T, A>(a, a.parts[i], row / a.tokens, row % a.tokens);
+  for (int64_t row = 0; row < rows; ++row) rotate_row<T, A>(a, row);
+}
+
+template <class Body>
+void by_dtypes(const Rotary& a, Body&& body) {
+  by_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (a.angle_dtype == DType::float32) body(T{}, float{});
+    else body(T{}, T{});
+  });
 }
 
 }  // namespace
 
 void rotary(const Rotary& a) {
-  by_dtype(a.dtype, [&](auto element) {
-    using T = decltype(element);
-    if (a.angle_dtype == DType::float32) {
-      rotate<T, float>(a);
-    } else {
-      rotate<T, T>(a);
-    }
-  });
+  by_dtypes(a, [&](auto x, auto angle) { rotate<decltype(x), decltype(angle)>(a); });
+}
+
+void rotary_row(const Rotary& a, int64_t row) {
+  by_dtypes(a, [&](auto x, auto angle) { rotate_row<decltype(x), decltype(angle)>(a, row); });
 }
 
 }  // namespace fastft::FASTFT_ISA

@@ -29,5 +29,7 @@ struct Rotary {
 };
 
 FASTFT_DECLARE(void rotary(const Rotary&))
+// One of batch * tokens rows, by the calling thread.
+FASTFT_DECLARE(void rotary_row(const Rotary&, int64_t row))
 
 }  // namespace fastft

@@ -174,4 +174,13 @@ inline void to_floats(const FloatRows& in, int64_t row, int64_t first, int64_t c
   });
 }
 
+// The first number of a row.
+inline float float_at(const FloatRows& in, int64_t row) {
+  float out = 0.f;
+  by_dtype(in.dtype, [&](auto element) {
+    out = to_float(static_cast<const decltype(element)*>(in.data)[row * in.stride]);
+  });
+  return out;
+}
+
 }  // namespace fastft::FASTFT_ISA

@@ -28,32 +28,52 @@ void add_rows(const W* w, int64_t stride, const float* x, int64_t x_stride, int 
   });
 }
 
+// Columns that a thread takes at a time.
+inline int64_t transposed_columns(const QuantizedLinear& a, int threads) {
+  return std::max<int64_t>(round_up(a.out / threads, 64), 64);
+}
+inline int64_t transposed_floats(const QuantizedLinear& a, int threads) {
+  return threads * (kTile * round_up(a.in, 16) + (kTile + 1) * transposed_columns(a, threads));
+}
+
+// Shared by the threads of the region it is called in, in transposed_floats of memory.
 template <class W, class T>
-void transposed_layer(const QuantizedLinear& a) {
-  const int threads = threads_for((a.out + 63) / 64, a.rows * a.in * a.out >= kGrain);
-  const int64_t columns = (a.out / threads + 63) / 64 * 64, parts = (a.out + columns - 1) / columns;
-  const int64_t stride = round_up(a.in, kWidth);
-  Scratch xs(kTile * stride), sums(kTile * columns, int(parts)), bias(a.bias.data ? a.out : 0);
-  for (int64_t c = 0; a.bias.data && c < a.out; ++c) to_floats(a.bias, c, 0, 1, bias.data + c);
+void transposed_layer(const QuantizedLinear& a, const RowSource* source, float* room) {
+  const int threads = omp_get_num_threads();
+  const int64_t columns = transposed_columns(a, threads), stride = round_up(a.in, 16);
+  const int64_t parts = (a.out + columns - 1) / columns;
+  // A few rows are made by every thread for itself, many by one for all.
+  const bool single = a.rows <= kTile;
+  float* xs = room + (single ? omp_get_thread_num() : 0) * kTile * stride;
+  float* sums = room + threads * kTile * stride + omp_get_thread_num() * (kTile + 1) * columns;
+  float* bias = sums + kTile * columns;
+  auto fill = [&](int64_t row, int r) {
+    if (source) source->fill(source->context, row + r, xs + r * stride);
+    else to_floats(a.x, row + r, 0, a.in, xs + r * stride);
+  };
   for (int64_t row = 0; row < a.rows; row += kTile) {
     const int rows = int(std::min(kTile, a.rows - row));
-    for (int r = 0; r < rows; ++r) to_floats(a.x, row + r, 0, a.in, xs.data + r * stride);
-#pragma omp parallel for num_threads(threads)
+    if (single) {
+      for (int r = 0; r < rows; ++r) fill(row, r);
+    } else {
+#pragma omp for schedule(static)
+      for (int r = 0; r < rows; ++r) fill(row, r);
+    }
+#pragma omp for schedule(static)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = part * columns, own = std::min(columns, a.out - first);
       const W* w = static_cast<const W*>(a.values) + first;
-      float* sum = sums.data + part * sums.size;
-      std::fill_n(sum, rows * own, 0.f);
+      std::fill_n(sums, rows * own, 0.f);
       int64_t k = 0;
       for (; k + kStreams <= a.in; k += kStreams)
-        add_rows<kStreams>(w + k * a.values_stride, a.values_stride, xs.data + k, stride, rows, own,
-                           sum);
+        add_rows<kStreams>(w + k * a.values_stride, a.values_stride, xs + k, stride, rows, own, sums);
       for (; k < a.in; ++k)
-        add_rows<1>(w + k * a.values_stride, a.values_stride, xs.data + k, stride, rows, own, sum);
+        add_rows<1>(w + k * a.values_stride, a.values_stride, xs + k, stride, rows, own, sums);
+      for (int64_t c = 0; a.bias.data && c < own; ++c) bias[c] = float_at(a.bias, first + c);
       for (int r = 0; r < rows; ++r)
         for_each_vec(own, [&](int64_t c, auto n) {
-          Vec total = load(sum + r * own + c, n);
-          if (a.bias.data) total += load(bias.data + first + c, n);
+          Vec total = load(sums + r * own + c, n);
+          if (a.bias.data) total += load(bias + c, n);
           store(static_cast<T*>(a.y) + (row + r) * a.y_stride + first + c, total, n);
         });
     }

@@ -119,8 +119,8 @@ class KVCache(Cache):
         if capacity > self.capacity:
             # By half more, so that a cache that grows slot by slot is seldom copied.
             self.capacity = max(capacity, self.capacity + self.capacity // 2, SPARE)
-        for layer in self.layers:
-            layer.grow()
+            for layer in self.layers:
+                layer.grow()
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)

@@ -41,6 +41,14 @@ def _of_row(processor, row: int):
     return own
 
 
+def best(scores: Tensor) -> list[int]:
+    """Of every row the token of the largest score: the first of equal ones, NaN the largest."""
+    # NumPy's search uses vectors; PyTorch's took 0.1 ms of a step of 5 ms.
+    if scores.is_cpu and scores.dtype is torch.float32:
+        return scores.numpy().argmax(-1).tolist()
+    return scores.argmax(-1).tolist()
+
+
 class Chooser:
     """The processors and the choice of one call; `ids` are its rows as transformers shows them,
     up to `ends`, which the loop moves on."""
@@ -71,7 +79,7 @@ class Chooser:
         if len(self.processors):
             scores = self.processors(self.ids[:, :end], self.all_scores.clone())
         if not self.sample:
-            tokens = scores.argmax(-1).tolist()
+            tokens = best(scores)
         else:
             chances = scores.softmax(-1)
             tokens = torch.multinomial(chances, 1, generator=self.generator)[:, 0].tolist()
@@ -104,7 +112,7 @@ class Chooser:
     def pick(self, scores: Tensor) -> list[int]:
         """A token for every row of scores."""
         if not self.sample:
-            return scores.argmax(-1).tolist()
+            return best(scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0].tolist()
 
     def draft(
@@ -113,7 +121,7 @@ class Chooser:
         """A drafted token for each row, and the probabilities it was drawn with."""
         scores = self.scores(rows, logits, behind)
         if not self.sample:
-            return scores.argmax(-1).tolist(), [None] * len(rows)
+            return best(scores), [None] * len(rows)
         q = scores.softmax(-1)
         tokens = torch.multinomial(q, 1, generator=self.generator)[:, 0].tolist()
         return tokens, list(q)

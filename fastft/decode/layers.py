@@ -203,10 +203,11 @@ def _activation(module, what: str) -> str:
 
 
 def _named(module: nn.Module) -> set[str]:
+    """Names of the children that have parameters or children."""
     return {
         name
         for name, child in module._modules.items()
-        if child is not None and (any(True for _ in child.parameters()) or child._modules)
+        if child is not None and (child._parameters or child._modules)
     }
 
 
@@ -287,12 +288,13 @@ def _gpt2_layer(block: nn.Module, how: Reading) -> DecoderLayer:
 
 
 def _dropout(model: nn.Module) -> bool:
-    return any(
-        isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()
-    ) or any(
-        m.training and isinstance(getattr(m, "attention_dropout", None), float)
-        and m.attention_dropout > 0 for m in model.modules()
-    )  # fmt: skip
+    for module in model.modules():
+        if module.training:
+            rate = module.p if isinstance(module, nn.Dropout) else None
+            rate = vars(module).get("attention_dropout") if rate is None else rate
+            if isinstance(rate, float) and rate > 0:
+                return True
+    return False
 
 
 def read(model: nn.Module, how: Reading = Reading(), dropout: bool = False) -> FusedModel:
@@ -346,6 +348,11 @@ def read(model: nn.Module, how: Reading = Reading(), dropout: bool = False) -> F
 _confirmed: WeakKeyDictionary = WeakKeyDictionary()
 
 
+def confirmed(model: nn.Module) -> bool:
+    """Whether `confirm` has passed for a model of these modules."""
+    return _confirmed.get(model) == tuple(type(m) for m in model.modules())
+
+
 def confirm(model: nn.Module, fused: FusedModel, logits_of) -> None:
     """Raises Unfit unless the model's own logits agree on a few tokens; asked once per model.
 
@@ -353,8 +360,7 @@ def confirm(model: nn.Module, fused: FusedModel, logits_of) -> None:
     eight bits or less for decoding differs by design and is confirmed without; an int8 base by the
     weights that its numbers stand for.
     """
-    key = tuple(type(m) for m in model.modules())
-    if _confirmed.get(model) == key:
+    if confirmed(model):
         return
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(fused.embedding), (2, 7), generator=generator)
@@ -366,4 +372,4 @@ def confirm(model: nn.Module, fused: FusedModel, logits_of) -> None:
     limit = 1e-3 if fused.dtype is torch.float32 else 0.1
     if not gap <= limit:
         raise Unfit(f"its logits differ (by {gap:.2g}): it computes something else")
-    _confirmed[model] = key
+    _confirmed[model] = tuple(type(m) for m in model.modules())

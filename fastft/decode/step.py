@@ -1,6 +1,6 @@
 """One forward pass over a KVCache for a few new tokens of each row: the step decoding is made of.
 
-Two kinds with one interface: `FusedStep` computes a layer per operator call and no padding;
+Two kinds with one interface: `FusedStep` computes whole layers per operator call and no padding;
 `ModuleStep` runs any other causal language model through its own modules.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastft.decode import layers as reading
 from fastft.decode.cache import KVCache
 from fastft.library import extension
-from fastft.ops.decoder_layer import Tokens, decoder_layer
+from fastft.ops.decoder_layer import Tokens, decoder_layer, decoder_layers
 from fastft.ops.norm import _layer_norm, _rms_norm
 from fastft.ops.quantized_linear import _quantized_linear
 
@@ -48,10 +48,9 @@ class FusedStep:
         if adapter_names is not None:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
-        copies = stored and any(map(reading.is_stored, model.modules()))
-        if adapter_names is not None:
+        if adapter_names is not None or reading.confirmed(model):
             return
-        if copies:
+        if stored and any(map(reading.is_stored, model.modules())):
             # They differ from the model by design; what they are copies of must not.
             FusedStep(model, stored=False)
         else:
@@ -115,16 +114,28 @@ class FusedStep:
             x = x + torch.nn.functional.embedding(positions, self.fused.positions).to(self.dtype)
         return x
 
-    def _hidden(self, cache: KVCache, new) -> Tensor:
-        return last(self.states(cache, new))
+    def _hidden(self, cache: KVCache, new: Sequence[Sequence[int]]) -> Tensor:
+        """Appends each row's new tokens; (tokens, hidden) behind the last layer."""
+        placed, lengths = self._tensors(cache, new)
+        x, tokens = self._enter(*placed, max(map(len, new), default=0))
+        # An early exit has fewer layers than the cache it shares.
+        held = cache.layers[: len(self.fused.layers)]
+        keys, values = [own.keys for own in held], [own.values for own in held]
+        x = decoder_layers(x, self.fused.layers, keys, values, tokens)
+        cache.set_lengths(lengths)
+        return x
 
     def states(self, cache: KVCache, new: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Appends each row's new tokens; yields (tokens, hidden) behind each layer in turn."""
-        placed, lengths = self._place(cache, new)
-        on = {"dtype": torch.int32, "device": self.device}
-        placed = (torch.tensor(numbers, **on) for numbers in placed)
+        placed, lengths = self._tensors(cache, new)
         yield from self._states(cache, *placed, max(map(len, new), default=0))
         cache.set_lengths(lengths)
+
+    def _tensors(self, cache: KVCache, new) -> tuple[tuple[Tensor, ...], list[int]]:
+        """What _place gives, on the device in one transfer."""
+        placed, lengths = self._place(cache, new)
+        numbers = torch.tensor([*itertools.chain(*placed)], dtype=torch.int32, device=self.device)
+        return numbers.split([len(part) for part in placed]), lengths
 
     def _place(self, cache: KVCache, new) -> tuple[tuple[list[int], ...], list[int]]:
         """Token ids, their positions, cu_seqlens and lengths, as _states takes them; the cache has
@@ -146,15 +157,18 @@ class FusedStep:
         queries: int,
     ) -> Iterator[Tensor]:
         """Hidden states (tokens, hidden) behind each layer; the device reads what tokens say."""
+        x, tokens = self._enter(ids, positions, cu_seqlens, lengths, queries)
+        for layer, held in zip(self.fused.layers, cache.layers, strict=False):
+            x = decoder_layer(x, layer, held.keys, held.values, tokens)
+            yield x
+
+    def _enter(self, ids, positions, cu_seqlens, lengths, queries: int) -> tuple[Tensor, Tokens]:
+        """What the first layer is given."""
         cos, sin = self.angles or (None, None)
         if cos is not None:
             cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
         tokens = Tokens(cu_seqlens, lengths, queries, cos, sin, self.adapter_of)
-        x = self._embed(ids, positions)
-        # An early exit has fewer layers than the cache it shares.
-        for layer, held in zip(self.fused.layers, cache.layers, strict=False):
-            x = decoder_layer(x, layer, held.keys, held.values, tokens)
-            yield x
+        return self._embed(ids, positions), tokens
 
     def _norm(self, hidden: Tensor) -> Tensor:
         first, norm = self.fused.layers[0], self.fused.final_norm

@@ -12,6 +12,7 @@ stored twice.
 import math
 import mmap
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +90,16 @@ def _in_large_pages(copies: list[DecodeWeight]) -> None:
         begin += size
 
 
-def _probe(weight: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    at = torch.arange(_PROBES, device=weight.device)
+@lru_cache
+def _probed(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = shape
+    at = torch.arange(_PROBES, device=device)
     # Spread over both dimensions: a step of rows or columns alone would miss a changed block.
-    return weight[at * max(rows // _PROBES, 1) % rows, at * 31 % columns].clone()
+    return at * max(rows // _PROBES, 1) % rows, at * 31 % columns
+
+
+def _probe(weight: Tensor) -> Tensor:
+    return weight[_probed(weight.shape, weight.device)]
 
 
 def check_kind(kind: str) -> None:

@@ -18,14 +18,15 @@ The reference, which also serves CUDA by the kernels of the operators it is made
 on the host and its shapes do not depend on values, so that a CUDA graph can hold it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastft.library import operator
+from fastft.library import extension, kernel_only, operator
 from fastft.ops.decode_attention import MAX_QUERIES, serving
 from fastft.ops.gated_mlp import _gated_mlp
 from fastft.ops.norm import _layer_norm, _rms_norm
@@ -95,6 +96,16 @@ class DecoderLayer:
             raise ValueError("linears: expected round_inputs of all stored weights or of none")
         rounds = stored == {True}
         object.__setattr__(self, "arguments", (norms, linears, adapters, scales, rounds))
+
+    @cached_property
+    def plan(self) -> Tensor:
+        """What the CPU's kernels read: addresses of its tensors, which must live as long."""
+        norms, linears, adapters, scales, rounds = self.arguments
+        return _decoder_plan(
+            linears, norms, adapters, scales, rounds, self.heads,
+            ACTIVATIONS.index(self.activation), self.gated, self.center, self.eps, self.offset,
+            self.scale, self.window, self.softcap,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,6 +206,43 @@ def _decoder_layer(
     name = ACTIVATIONS[activation]
     h = _gated_mlp(*h.chunk(2, 1), name) if gated else _PLAIN[name](h)
     return x + apply(h, last, 1)
+
+
+# A layer's weights checked once, and several layers in one call: a step of decoding has little to
+# do in each, and to hand over forty tensors of a layer takes as long as some of its kernels.
+_decoder_plan = kernel_only(
+    "decoder_plan(Tensor?[] linears, Tensor?[] norms, Tensor?[] adapters, float[] adapter_scales,"
+    " bool round_inputs, int heads, int activation, bool gated, bool center, float eps,"
+    " float offset, float scale, int window, float softcap) -> Tensor"
+)
+_decoder_layers = kernel_only(
+    "decoder_layers(Tensor x, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cu_seqlens,"
+    " Tensor lengths, int queries, Tensor? cos, Tensor? sin, Tensor? adapter_of, Tensor[] plans)"
+    " -> Tensor"
+)
+
+
+def decoder_layers(
+    x: Tensor,  # (tokens, hidden)
+    layers: Sequence[DecoderLayer],
+    keys: Sequence[Tensor],  # each (batch, kv_heads, capacity, head_dim), written
+    values: Sequence[Tensor],
+    tokens: Tokens,
+) -> Tensor:
+    """The layers one after the other, as `decoder_layer` computes each: (tokens, hidden).
+
+    On the CPU's kernels this is one call, with the same bits. A layer's `plan` keeps the places of
+    its weights, so weights written in place are seen, and those put elsewhere are not.
+    Raises: RuntimeError that names the argument.
+    """
+    if extension is not None and x.is_cpu and x.dtype is torch.float32 and layers:
+        return _decoder_layers(
+            x, keys, values, tokens.cu_seqlens, tokens.lengths, tokens.queries, tokens.cos,
+            tokens.sin, tokens.adapter_of, [layer.plan for layer in layers],
+        )  # fmt: skip
+    for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
+        x = decoder_layer(x, layer, own_keys, own_values, tokens)
+    return x
 
 
 def decoder_layer(

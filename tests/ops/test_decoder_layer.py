@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from truth import assert_close
 
-from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight, Tokens, decoder_layer
+from fastft.ops.decoder_layer import (
+    DecoderLayer,
+    Linear,
+    NormWeight,
+    Tokens,
+    decoder_layer,
+    decoder_layers,
+)
 from fastft.ops.quantized_linear import Adapter, QuantizedWeight, quantize
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER = 36, 6, 2, 10, 44
@@ -249,6 +256,61 @@ def test_same_bits(kind, weights, threads, request):
             assert torch.equal(out, alone[row]), (row, steps)
     (first,) = run(layer, xs[:1], [[70]], cache, [0], 32)
     assert torch.equal(first, alone[0])
+
+
+@pytest.mark.parametrize("weights", STORED)
+@pytest.mark.parametrize("kind", ["separate", "gpt2"])
+@pytest.mark.parametrize("adapters", [None, [1, -1, 0]])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layers_in_one_call(isa, kind, weights, adapters, threads, request):
+    """Several layers at once have the bits of one after the other, and write the same caches."""
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(threads)
+    sizes = {"hidden": 160, "inner": 416, "dim": 32, "heads": 8}
+    ranks = (8,) if adapters is None else (8, 3)
+    layers = [make_layer(kind, weights, ranks, seed, **sizes) for seed in range(3)]
+    dtype = weights if isinstance(weights, torch.dtype) else torch.float32
+    for counts, done in (
+        ([40, 2, 9], [0, 0, 0]),
+        ([1, 1, 1], [40, 2, 9]),
+        ([0, 3, 1], [41, 3, 290]),
+    ):
+        tokens = place(counts, done, adapters, kind != "gpt2", 32)
+        x = torch.randn(sum(counts), 160)
+        caches = [make_cache(3, dtype, 32) for _ in layers]
+        for part in itertools.chain(*caches):
+            part.normal_()
+        ours = [(keys.clone(), values.clone()) for keys, values in caches]
+        y = decoder_layers(x, layers, *zip(*ours, strict=True), tokens)
+        for layer, (keys, values) in zip(layers, caches, strict=True):
+            x = decoder_layer(x, layer, keys, values, tokens)
+        assert torch.equal(y, x)
+        for own, their in zip(itertools.chain(*ours), itertools.chain(*caches), strict=True):
+            assert torch.equal(own, their)
+
+
+def test_plan_sees_weights_written_in_place():
+    layer, (keys, values), x = make_layer(), make_cache(1), torch.randn(2, HIDDEN)
+    tokens = place([2], [0])
+    first = decoder_layers(x, [layer], [keys], [values], tokens)
+    with torch.no_grad():
+        layer.linears[0].weight.values.mul_(2)
+    second = decoder_layers(x, [layer], [keys], [values], tokens)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, decoder_layer(x, layer, keys, values, tokens))
+
+
+def test_one_call_refuses_what_is_no_plan():
+    layer, (keys, values), x = make_layer(), make_cache(1), torch.randn(2, HIDDEN)
+    vars(layer)["plan"] = torch.zeros(10_000, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="plans"):
+        decoder_layers(x, [layer], [keys], [values], place([2], [0]))
+    vars(layer)["plan"] = make_layer().plan.clone()  # its addresses are another's
+    with pytest.raises(RuntimeError, match="plans"):
+        decoder_layers(x, [layer], [keys], [values], place([2], [0]))
+    with pytest.raises(RuntimeError, match="keys, values"):
+        decoder_layers(x, [make_layer()], [], [], place([2], [0]))
 
 
 def test_one_adapter_needs_no_choice():
