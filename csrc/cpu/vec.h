@@ -177,6 +177,31 @@ inline void store(T* p, Vec x, int64_t count) {
   for (int i = 0; i < count; ++i) from_float(x[i], p + i);
 }
 
+#if defined(__AVX2__)
+// Of float32 in one instruction: a loop over lanes would take longer than a short row's product.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
+inline Vec load(const float* p, int64_t count, float fill = 0.f) {
+  return (Vec)_mm512_mask_loadu_ps((__m512)broadcast(fill), first_lanes(count), p);
+}
+inline void store(float* p, Vec x, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), (__m512)x);
+}
+#else
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec load(const float* p, int64_t count, float fill = 0.f) {
+  const __m256i lanes = first_lanes(count);
+  return (Vec)_mm256_blendv_ps((__m256)broadcast(fill), _mm256_maskload_ps(p, lanes),
+                               _mm256_castsi256_ps(lanes));
+}
+inline void store(float* p, Vec x, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)x);
+}
+#endif
+#endif
+
 // Calls body(i, count) for every vector of [0, n); `count` is kWidth but for the last.
 template <class Body>
 inline void for_each_vec(int64_t n, Body&& body) {
