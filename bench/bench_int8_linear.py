@@ -12,10 +12,10 @@ import torch
 
 from fastft.finetune.assets import CACHE
 from fastft.finetune.demo import Settings, adamw, load_lora, local, train_step
+from fastft.ops.int8_layer import Int8Linear
 from fastft.ops.int8_linear import _round_rows, int8_product
 from fastft.ops.quantized_linear import quantize
 from fastft.patch import patch
-from fastft.patch.base_weights import Int8Linear
 
 
 def held(model) -> int:

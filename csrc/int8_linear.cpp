@@ -1,4 +1,4 @@
-// Registers `round_rows` and `int8_product` for the CPU.
+// Registers `round_rows`, `int8_product` and `scale_sums_` for the CPU.
 #include "cpu/int8_product.h"
 
 #include "tensor.h"
@@ -44,11 +44,30 @@ Tensor int8_product(Tensor a, Tensor a_scale, Tensor b, OptionalTensor b_scale, 
   return y;
 }
 
+void scale_sums(Tensor sums, Tensor a_scale, OptionalTensor b_scale, OptionalTensor bias,
+                OptionalTensor total) {
+  ScaleSums s{};
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.is_contiguous() && sums.scalar_type() == ScalarType::Int,
+                  "sums: expected contiguous int32 (rows, columns)");
+  s.rows = sums.size(0), s.columns = sums.size(1);
+  s.sums = static_cast<int32_t*>(sums.data_ptr());
+  s.row_scale = floats_of(a_scale, "a_scale", s.rows);
+  if (b_scale) s.column_scale = floats_of(*b_scale, "b_scale", s.columns);
+  if (bias) s.bias = floats_of(*bias, "bias", s.columns);
+  if (total) {
+    check_rows(*total, "total", s.rows, s.columns);
+    STD_TORCH_CHECK(total->scalar_type() == ScalarType::Float, "total: expected float32");
+    s.total = static_cast<const float*>(total->data_ptr()), s.total_stride = total->stride(0);
+  }
+  FASTFT_DISPATCH(scale_sums(s));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastft, CPU, m) {
   m.impl("round_rows", TORCH_BOX(&round_rows));
   m.impl("int8_product", TORCH_BOX(&int8_product));
+  m.impl("scale_sums_", TORCH_BOX(&scale_sums));
 }
 
 }  // namespace fastft

@@ -3,9 +3,9 @@
 # The function `fastft.patch` has the name of the folder it lives in. Importing a subpackage binds
 # its name here once, when it is first imported, so importing the function now settles it for good.
 from fastft import losses
-from fastft.patch import patch, patched, unpatch, verify
+from fastft.patch import load, patch, patched, unpatch, verify
 
-__all__ = ["generate", "losses", "patch", "patched", "stream", "unpatch", "verify"]
+__all__ = ["generate", "load", "losses", "patch", "patched", "stream", "unpatch", "verify"]
 __version__ = "0.1.0"
 
 

@@ -132,6 +132,17 @@ void tiles(const Int8Product& p, const int16_t* a, const int16_t* b, int64_t pad
   tile<R>(p, a, b, padded, row, first);
 }
 
+inline void store_bytes(int8_t* p, IVec x, std::integral_constant<int, kWidth>) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = int8_t(x[i]);
+#endif
+}
+inline void store_bytes(int8_t* p, IVec x, int64_t count) {
+  for (int i = 0; i < count; ++i) p[i] = int8_t(x[i]);
+}
+
 template <class T>
 void round_row(const T* x, const RoundRows& r, int8_t* values, float* scale) {
   auto value = [&](int64_t i, auto n) {
@@ -151,7 +162,7 @@ void round_row(const T* x, const RoundRows& r, int8_t* values, float* scale) {
     // Adding 1.5 * 2^23 rounds to the nearest integer, the even one of two.
     const Vec rounded = fma(value(i, n), inverse, broadcast(12582912.f)) - 12582912.f;
     const IVec numbers = __builtin_convertvector(rounded, IVec);
-    for (int j = 0; j < n; ++j) values[i + j] = int8_t(any ? numbers[j] : 0);
+    store_bytes(values + i, any ? numbers : IVec{}, n);
   });
 }
 
@@ -166,6 +177,25 @@ void round_rows(const RoundRows& r) {
       round_row(static_cast<const T*>(r.x) + row * r.stride, r, r.values + row * r.columns,
                 r.scale + row);
   });
+}
+
+void scale_sums(const ScaleSums& s) {
+  const int threads = threads_for(s.rows, s.rows * s.columns >= kGrain);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < s.rows; ++row) {
+    int32_t* sums = s.sums + row * s.columns;
+    const float* total = s.total ? s.total + row * s.total_stride : nullptr;
+    const float scale = s.row_scale[row];
+    for_each_vec(s.columns, [&](int64_t i, auto n) {
+      IVec whole{};
+      std::memcpy(&whole, sums + i, 4 * n);
+      Vec y = __builtin_convertvector(whole, Vec) * scale;
+      if (s.column_scale) y *= load(s.column_scale + i, n);
+      if (s.bias) y += load(s.bias + i, n);
+      if (total) y += load(total + i, n);
+      std::memcpy(sums + i, &y, 4 * n);
+    });
+  }
 }
 
 void int8_product(const Int8Product& p) {

@@ -30,7 +30,19 @@ struct Int8Product {
   float* y;               // (rows, out) contiguous
 };
 
+// y = sums row_scale column_scale + bias + total, over the sums themselves.
+struct ScaleSums {
+  int64_t rows, columns;
+  int32_t* sums;              // (rows, columns) contiguous; y as float32
+  const float* row_scale;     // (rows)
+  const float* column_scale;  // (columns) or null
+  const float* bias;          // (columns) or null
+  const float* total;         // (rows, columns) or null
+  int64_t total_stride;
+};
+
 FASTFT_DECLARE(void round_rows(const RoundRows&))
 FASTFT_DECLARE(void int8_product(const Int8Product&))
+FASTFT_DECLARE(void scale_sums(const ScaleSums&))
 
 }  // namespace fastft

@@ -6,13 +6,14 @@ of `fastft.generate`, so training in place is seen by the next one.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
+from fastft.ops.int8_layer import Int8Linear, computing
 from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -98,17 +99,29 @@ def _stored(module: nn.Module, what: str, stored: bool) -> tuple[QuantizedWeight
     """Weight (out, in) and bias of a plain linear layer or of GPT-2's Conv1D."""
     utils = sys.modules.get("transformers.pytorch_utils")
     transposed = utils is not None and type(module) is utils.Conv1D
+    held = vars(module).get(DECODE_WEIGHT) if stored else None
+    if isinstance(module, Int8Linear):
+        # Its own numbers, whatever was asked to be stored: only whether inputs are rounded.
+        rounds = stored and (held is None or held.stored.round_inputs)
+        bias = None if module.bias is None else _weight(module.bias, what)
+        return replace(module.stored, round_inputs=rounds), bias
     if type(module) is not nn.Linear and not transposed:
         raise Unfit(f"{what} is a {type(module).__name__}")
     weight = _weight(module.weight, what)
     weight = weight.t() if transposed else weight
-    held = vars(module).get(DECODE_WEIGHT) if stored else None
     bias = None if module.bias is None else _weight(module.bias, what)
     return QuantizedWeight(weight) if held is None else held.current(weight), bias
 
 
+def is_stored(module: nn.Module) -> bool:
+    """Whether it has numbers of eight bits or less for decoding."""
+    return DECODE_WEIGHT in vars(module) or isinstance(module, Int8Linear)
+
+
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight (out, in) of a linear layer or Conv1D that the step reads; None if it is none."""
+    if isinstance(module, Int8Linear):
+        return None
     try:
         return _stored(module, "", stored=False)[0].values
     except Unfit:
@@ -344,14 +357,15 @@ def confirm(model: nn.Module, fused: FusedModel, logits_of) -> None:
     """Raises Unfit unless the model's own logits agree on a few tokens; asked once per model.
 
     logits_of(fused, ids) gives ours for the last position of each row. What a model stores in
-    eight bits or less for decoding differs by design and is confirmed without.
+    eight bits or less for decoding differs by design and is confirmed without; an int8 base by the
+    weights that its numbers stand for.
     """
     if confirmed(model):
         return
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(fused.embedding), (2, 7), generator=generator)
     ids = ids.to(fused.embedding.device)
-    with torch.no_grad():
+    with torch.no_grad(), computing(model, "numbers"):
         theirs = model(input_ids=ids, use_cache=False).logits[:, -1].float()
         ours = logits_of(fused, ids).float()
     gap = float((ours - theirs).norm() / theirs.norm())

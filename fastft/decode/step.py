@@ -50,7 +50,7 @@ class FusedStep:
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
         if adapter_names is not None or reading.confirmed(model):
             return
-        if stored and any(reading.DECODE_WEIGHT in vars(m) for m in model.modules()):
+        if stored and any(map(reading.is_stored, model.modules())):
             # They differ from the model by design; what they are copies of must not.
             FusedStep(model, stored=False)
         else:

@@ -5,7 +5,8 @@ per output channel, int4 one per 32 or 64 inputs (fastft/ops/quantized_linear.py
 inputs are rounded to int8 as well, so that the products are integer ones; the kinds ending in
 _weight_only leave the inputs as they are, and take longer. The copies serve decoding alone;
 training, and any other forward, sees the weights they were made of. A copy is made anew when its
-weight has changed since.
+weight has changed since. Layers of an int8 base (base_weights) are read as they are: nothing is
+stored twice.
 """
 
 import math
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.layers import DECODE_WEIGHT, weight_of
+from fastft.ops.int8_layer import Int8Linear, int8_layers
 from fastft.ops.quantized_linear import QuantizedWeight, quantize
 
 # bits, inputs per scale, whether inputs are rounded
@@ -37,7 +39,7 @@ class DecodeWeight:
 
     kind: str
     stored: QuantizedWeight
-    probe: Tensor
+    probe: Tensor | None = None  # of an Int8Linear, whose numbers these are: none
 
     @staticmethod
     def of(weight: Tensor, kind: str) -> "DecodeWeight":
@@ -111,9 +113,15 @@ def store(model: nn.Module, kind: str) -> dict[tuple[str, str], int]:
     A layer whose inputs are no whole groups gets int8, and so does the head: in int4 it would
     cost SmolLM2-135M more perplexity than all other layers together.
 
-    Raises: ValueError for another kind than KINDS.
+    Raises: ValueError for another kind than KINDS, or than int8's over an int8 base.
     """
     check_kind(kind)
+    base = int8_layers(model)
+    if base and kind not in _INT8.values():
+        raise ValueError(
+            f"decode_weights: expected {' or '.join(_INT8.values())} with base_weights='int8', "
+            f"whose layers are decoded from as they are, got {kind!r}"
+        )
     counts: dict[tuple[str, str], int] = {}
     # Adapters are small, and their factors would lose most.
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "lora_B")]
@@ -121,6 +129,11 @@ def store(model: nn.Module, kind: str) -> dict[tuple[str, str], int]:
     head = model.get_output_embeddings()
     for module in model.modules():
         weight = None if module in factors else weight_of(module)
+        if isinstance(module, Int8Linear):
+            numbers = replace(module.stored, round_inputs=KINDS[kind][2])
+            vars(module)[DECODE_WEIGHT] = DecodeWeight(kind, numbers)
+            key = type(module).__name__, kind
+            counts[key] = counts.get(key, 0) + 1
         if weight is None:
             continue
         own = _INT8[KINDS[kind][2]] if module is head else kind
@@ -128,6 +141,8 @@ def store(model: nn.Module, kind: str) -> dict[tuple[str, str], int]:
         key = type(module).__name__, held.kind
         counts[key] = counts.get(key, 0) + 1
     _in_large_pages([vars(m)[DECODE_WEIGHT] for m in model.modules() if DECODE_WEIGHT in vars(m)])
+    for module in base:  # the layer's own numbers have moved
+        module.values = vars(module)[DECODE_WEIGHT].stored.values
     return counts
 
 

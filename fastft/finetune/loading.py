@@ -95,6 +95,7 @@ def load_model(
     pad_id: int | None = None,
     quantize: bool = False,
     trainable: bool = False,
+    base_weights: str = "none",
 ):
     """The model of source with the head of task, in evaluation mode; an adapter on its base.
 
@@ -108,6 +109,8 @@ def load_model(
         pad_id: the tokenizer's padding token, which GPT- and Llama-like classifiers must know.
         quantize: the base in 4 bits, by bitsandbytes (CUDA).
         trainable: an adapter's weights require gradients.
+        base_weights: "int8" rounds a language model's frozen layers as they are read, so that it
+            need not fit into memory in dtype.
     Raises: UserError.
     """
     import torch
@@ -125,16 +128,22 @@ def load_model(
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     if quantize:
         options["quantization_config"] = _four_bits()
+    info = {}
     with as_user_error(source):
         kind = getattr(transformers, HEADS[task])
-        model, info = kind.from_pretrained(
-            base,
-            config=config,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=task in ("classify", "ner"),
-            output_loading_info=True,
-            **options,
-        )
+        if base_weights == "int8" and task in ("lm", "sft") and Path(base).is_dir():
+            from fastft.patch import load
+
+            model = load(base, kind, dtype=options["dtype"], config=config)
+        else:
+            model, info = kind.from_pretrained(
+                base,
+                config=config,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=task in ("classify", "ner"),
+                output_loading_info=True,
+                **options,
+            )
     if adapter is None:
         _check_new(model, task, info, source)
         return model

@@ -127,6 +127,7 @@ def load_model(config: TrainConfig, tokenizer, names):
         pad_id=tokenizer.pad_token_id,
         quantize=config.method == "qlora",
         trainable=True,
+        base_weights=config.base_weights,
     )
 
 

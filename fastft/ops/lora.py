@@ -10,7 +10,8 @@ Backward goes through the rank always, never through B A or a full dW of a froze
 
 Linears that share an input (query, key, value; gate, up) share its reads and sum dX in place. The
 adapters may be of another dtype than the base: PEFT keeps float32 adapters on a half-precision
-base. The low-rank part is float32 throughout. Base products go to the device's GEMM library.
+base. The low-rank part is float32 throughout. Base products go to the device's GEMM library, or
+over an int8 weight to the integer products of fastft.ops.int8_linear.
 """
 
 from collections.abc import Sequence
@@ -28,14 +29,16 @@ from fastft.library import (
     rows_of,
 )
 from fastft.ops import gemm
+from fastft.ops.base_product import Input, base_input_gradient, base_product
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum, wide_dtype
+from fastft.ops.quantized_linear import QuantizedWeight
 
 
 @dataclass(frozen=True)
 class LoraLinear:
     """One linear layer and its adapter; without a and b, a plain linear layer."""
 
-    weight: Tensor  # (out, in), or (in, out) if transposed (GPT-2's Conv1D)
+    weight: Tensor | QuantizedWeight  # (out, in), or (in, out) if transposed (GPT-2's Conv1D)
     bias: Tensor | None = None  # (out,)
     a: Tensor | None = None  # (rank, in)
     b: Tensor | None = None  # (out, rank)
@@ -44,20 +47,17 @@ class LoraLinear:
     transposed: bool = False
 
 
-def _forward_weight(weight: Tensor, transposed: bool) -> Tensor:
-    return weight if transposed else weight.t()  # (in, out)
-
-
 def _shares_products(a: list[Tensor], masks: list[Tensor | None]) -> bool:
     """Without dropout the adapters of one input are one adapter of their joint rank: one read."""
     return len(a) > 1 and all(mask is None for mask in masks)
 
 
 @operator(
-    "lora(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] masks,"
-    " float[] scales, float[] keep_scales, bool[] transposed) -> (Tensor[] ys, Tensor[] xas)"
+    "lora(Tensor x, Tensor[] weights, Tensor?[] weight_scales, Tensor?[] biases, Tensor[] a,"
+    " Tensor[] b, Tensor?[] masks, float[] scales, float[] keep_scales, bool[] transposed)"
+    " -> (Tensor[] ys, Tensor[] xas)"
 )
-def _lora(x, weights, biases, a, b, masks, scales, keep_scales, transposed):
+def _lora(x, weights, weight_scales, biases, a, b, masks, scales, keep_scales, transposed):
     if _shares_products(a, masks):
         joint = low_rank_dot(x, torch.cat([each.to(wide_dtype(each)) for each in a]))
         xas = [part.contiguous() for part in joint.split([each.shape[0] for each in a], 1)]
@@ -66,9 +66,9 @@ def _lora(x, weights, biases, a, b, masks, scales, keep_scales, transposed):
             low_rank_dot(x, each, mask, keep)
             for each, mask, keep in zip(a, masks, keep_scales, strict=True)
         ]
-    ys = []
+    ys, given = [], Input(x)
     for i, weight in enumerate(weights):
-        y = gemm.matmul(x, _forward_weight(weight, transposed[i]), biases[i])
+        y = base_product(given, weight, weight_scales[i], biases[i], transposed[i])
         if a[i].shape[0]:
             low_rank_add_(y, xas[i], b[i].t(), None, 1.0, scales[i])
         ys.append(y)
@@ -76,11 +76,13 @@ def _lora(x, weights, biases, a, b, masks, scales, keep_scales, transposed):
 
 
 @operator(
-    "lora_backward_input(Tensor[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, Tensor?[] masks,"
-    " float[] scales, float[] keep_scales, bool[] transposed, bool input_grad)"
-    " -> (Tensor dx, Tensor[] us)"
+    "lora_backward_input(Tensor[] dys, Tensor[] weights, Tensor?[] weight_scales, Tensor[] a,"
+    " Tensor[] b, Tensor?[] masks, float[] scales, float[] keep_scales, bool[] transposed,"
+    " bool input_grad) -> (Tensor dx, Tensor[] us)"
 )
-def _lora_backward_input(dys, weights, a, b, masks, scales, keep_scales, transposed, input_grad):
+def _lora_backward_input(
+    dys, weights, weight_scales, a, b, masks, scales, keep_scales, transposed, input_grad
+):
     us = [
         low_rank_dot(dy, each.t(), None, 1.0, scale)
         for dy, each, scale in zip(dys, b, scales, strict=True)
@@ -88,9 +90,8 @@ def _lora_backward_input(dys, weights, a, b, masks, scales, keep_scales, transpo
     if not input_grad:
         return dys[0].new_empty(0), us
     dx = None
-    for dy, weight, is_transposed in zip(dys, weights, transposed, strict=True):
-        w = _forward_weight(weight, is_transposed).t()
-        dx = gemm.matmul(dy, w) if dx is None else gemm.add_matmul(dx, dy, w)
+    for each in zip(dys, weights, weight_scales, transposed, strict=True):
+        dx = base_input_gradient(dx, *each)
     if _shares_products(a, masks):
         low_rank_add_(dx, torch.cat(us, 1), torch.cat([each.to(us[0].dtype) for each in a]))
     else:
@@ -144,8 +145,8 @@ class _Group:
 
 
 def _unflatten(tensors, count: int) -> tuple[list, ...]:
-    """Five lists of `count` from one flat one: weights, biases, a, b, masks, for instance."""
-    return tuple(list(tensors[i * count : (i + 1) * count]) for i in range(5))
+    """Six lists of `count` from one flat one: weights, their scales, biases, a, b, masks."""
+    return tuple(list(tensors[i * count : (i + 1) * count]) for i in range(6))
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class _Saved:
 
     group: _Group
     weights: list[Tensor]
+    weight_scales: list[Tensor | None]
     a: list[Tensor]
     b: list[Tensor]
     masks: list[Tensor | None]
@@ -167,14 +169,14 @@ class _Saved:
         """dX (tokens, in), and U_i (tokens, rank) for `tensor_grads`."""
         g = self.group
         return _lora_backward_input(
-            dys, self.weights, self.a, self.b, self.masks, g.scales, g.keep_scales,
-            g.transposed, needed,
+            dys, self.weights, self.weight_scales, self.a, self.b, self.masks,
+            g.scales, g.keep_scales, g.transposed, needed,
         )  # fmt: skip
 
     def tensor_grads(self, x: Tensor, dys: list[Tensor], us: list[Tensor], need) -> list:
-        """Gradients of weights, biases, a, b, masks in one list; None where `need` is False."""
+        """Gradients of weights, scales, biases, a, b, masks in one list; None where not needed."""
         g, count = self.group, len(dys)
-        weights, biases, need_a, need_b, _ = _unflatten(need, count)
+        weights, _, biases, need_a, need_b, _ = _unflatten(need, count)
         none = [None] * count
         da, db, dweights, dbiases = none, none, list(none), list(none)
         if any(need_a) or any(need_b):
@@ -189,19 +191,20 @@ class _Saved:
                 dweights[i] = gemm.matmul(*pair)
             if biases[i]:
                 dbiases[i] = dy.sum(0)
-        return [*dweights, *dbiases, *da, *db, *none]
+        return [*dweights, *none, *dbiases, *da, *db, *none]
 
 
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, x, *tensors):
         # x: (tokens, in)
-        weights, biases, a, b, masks = _unflatten(tensors, len(group.scales))
+        weights, weight_scales, biases, a, b, masks = _unflatten(tensors, len(group.scales))
         ys, xas = _lora(
-            x, weights, biases, a, b, masks, group.scales, group.keep_scales, group.transposed
-        )
+            x, weights, weight_scales, biases, a, b, masks,
+            group.scales, group.keep_scales, group.transposed,
+        )  # fmt: skip
         ctx.group = group
-        ctx.save_for_backward(x, *weights, *a, *b, *masks, *xas)
+        ctx.save_for_backward(x, *weights, *weight_scales, *a, *b, *masks, *xas)
         return tuple(ys)
 
     @staticmethod
@@ -236,13 +239,18 @@ def check_adapter(name: str, linear: LoraLinear, rows: int, columns: int) -> Non
         raise ValueError(f"{name}.dropout: expected 0 to 1, got {linear.dropout}")
 
 
+def _is_int8(weight: QuantizedWeight) -> bool:
+    return weight.values.dtype is torch.int8 and weight.scale.dtype is torch.float32
+
+
 def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
     if not linears:
         raise ValueError("linears: expected at least one")
     if not x.is_floating_point() or x.dim() == 0:
         raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
     for i, each in enumerate(linears):
-        if each.weight.dim() != 2:
+        stored = isinstance(each.weight, QuantizedWeight)
+        if not stored and each.weight.dim() != 2:
             raise ValueError(
                 f"linears[{i}].weight: expected two dimensions, got {tuple(each.weight.shape)}"
             )
@@ -251,7 +259,9 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
             raise ValueError(
                 f"linears[{i}].weight: expected {x.shape[-1]} inputs as x has, got {columns}"
             )
-        if each.weight.dtype != x.dtype:
+        if stored and not (_is_int8(each.weight) and not each.transposed):
+            raise TypeError(f"linears[{i}].weight: expected int8 (out, in), a scale per output")
+        if not stored and each.weight.dtype != x.dtype:
             raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {each.weight.dtype}")
         if each.bias is not None and each.bias.shape != (rows,):
             raise ValueError(
@@ -264,11 +274,13 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
 
 
 def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tensor | None]]:
-    """x as rows, and weights, biases, a, b, dropout masks of all linears in one flat list."""
+    """x as rows; weights, scales, biases, a, b, dropout masks of all linears in one flat list."""
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.dtype is not torch.float64:
         x = x.to(dtype)
-    weights = [each.weight.to(x.dtype) if dtype is not None else each.weight for each in linears]
+    weights = [each.weight for each in linears]
+    if dtype is not None:
+        weights = [w.to(x.dtype) if isinstance(w, Tensor) else w for w in weights]
     biases = [None if each.bias is None else each.bias.to(x.dtype) for each in linears]
     linears = [LoraLinear(w, bi, e.a, e.b, e.scale, e.dropout, e.transposed)
                for w, bi, e in zip(weights, biases, linears, strict=True)]  # fmt: skip
@@ -280,7 +292,9 @@ def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tens
         a.append(rows.new_empty(0, rows.shape[1]) if each.a is None else each.a)
         b.append(rows.new_empty(out, 0) if each.b is None else each.b)
     masks = [dropout_mask(rows, each.dropout if each.a is not None else 0.0) for each in linears]
-    return rows, [*weights, *biases, *a, *b, *masks]
+    values = [w if isinstance(w, Tensor) else w.values for w in weights]
+    weight_scales = [None if isinstance(w, Tensor) else w.scale[:, 0] for w in weights]
+    return rows, [*values, *weight_scales, *biases, *a, *b, *masks]
 
 
 def lora_shared(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, ...]:

@@ -18,37 +18,39 @@ class _LoraMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, inner, outer, activation, p, x, *tensors):
         # x: (tokens, hidden); inner: gate and up, outer: down
-        first, last = tensors[:10], tensors[10:]
-        weights, biases, a, b, masks = _unflatten(first, 2)
+        first, last = tensors[:12], tensors[12:]
+        weights, weight_scales, biases, a, b, masks = _unflatten(first, 2)
         (gate, up), xas = _lora(
-            x, weights, biases, a, b, masks, inner.scales, inner.keep_scales, inner.transposed
-        )
+            x, weights, weight_scales, biases, a, b, masks,
+            inner.scales, inner.keep_scales, inner.transposed,
+        )  # fmt: skip
         h = _gated_mlp(gate, up, activation)
-        weight, bias, last_a, last_b, _ = last
+        weight, scale, bias, last_a, last_b, _ = last
         mask = torch.empty_like(h, dtype=torch.bool).bernoulli_(1.0 - p) if p else None
         (y,), (ha,) = _lora(
-            h, [weight], [bias], [last_a], [last_b], [mask],
+            h, [weight], [scale], [bias], [last_a], [last_b], [mask],
             outer.scales, outer.keep_scales, outer.transposed,
         )  # fmt: skip
         ctx.inner, ctx.outer, ctx.activation = inner, outer, activation
         ctx.save_for_backward(
-            x, gate, up, *weights, *a, *b, *masks, *xas, weight, last_a, last_b, mask, ha
-        )
+            x, gate, up, *weights, *weight_scales, *a, *b, *masks, *xas,
+            weight, scale, last_a, last_b, mask, ha,
+        )  # fmt: skip
         return y
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx, dy):
         x, gate, up, *tensors = ctx.saved_tensors
-        inner, outer = _Saved.of(ctx.inner, tensors[:10]), _Saved.of(ctx.outer, tensors[10:])
+        inner, outer = _Saved.of(ctx.inner, tensors[:12]), _Saved.of(ctx.outer, tensors[12:])
         need = ctx.needs_input_grad[4:]
         dy = rows_of(dy)
         dh, us = outer.input_grad([dy], True)
-        down_needs = need[11:]
+        down_needs = need[13:]
         h, dgate, dup = _gated_mlp_backward(dh, gate, up, ctx.activation, any(down_needs))
         down_grads = outer.tensor_grads(h, [dy], us, down_needs)
         dx, us = inner.input_grad([dgate, dup], need[0])
-        grads = inner.tensor_grads(x, [dgate, dup], us, need[1:11])
+        grads = inner.tensor_grads(x, [dgate, dup], us, need[1:13])
         return None, None, None, None, dx if need[0] else None, *grads, *down_grads
 
 

@@ -6,103 +6,25 @@ its parent, on this instance; `restore` puts the layer itself back, with the wei
 stand for, or with the original where a folder keeps it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastft.ops.int8_linear import int8_linear
-from fastft.ops.quantized_linear import QuantizedWeight, dequantize, quantize
+from fastft.ops.int8_layer import Int8Linear, Origin
 from fastft.patch.swap import has_own_forward, is_hooked
 
 FILE = "base_weights.safetensors"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where the original weight lies: a safetensors file and the name in it."""
-
-    file: Path
-    name: str
-
-    def read(self) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.file, "pt") as held:
-            return held.get_tensor(self.name)
+def check_kind(kind: str) -> None:
+    if kind != "int8":
+        raise ValueError(f"base_weights: expected 'int8', got {kind!r}")
 
 
-class Int8Linear(nn.Module):
-    """x W^T + bias over frozen int8 numbers, forward and backward (fastft/ops/int8_linear.py).
-
-    Its state_dict has `weight` and `bias` as the layer's it stands for, the weight as the numbers
-    give it, so a saved model is an ordinary one.
-    """
-
-    def __init__(self, layer: nn.Linear, origin: Origin | None = None):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        stored = quantize(layer.weight)
-        self.register_buffer("values", stored.values, persistent=False)  # (out, in) int8
-        self.register_buffer("scale", stored.scale, persistent=False)  # (out, 1) float32
-        self.bias = layer.bias
-        self.dtype = layer.weight.dtype
-        # Past nn.Module's own bookkeeping: it is no part of this one.
-        vars(self)["replaced"], vars(self)["origin"] = layer, origin
-
-    def release(self) -> None:
-        """Frees the replaced layer's weight."""
-        self.replaced.weight.data = self.replaced.weight.data.new_empty(0)
-
-    @property
-    def stored(self) -> QuantizedWeight:
-        return QuantizedWeight(self.values, self.scale)
-
-    def original(self) -> Tensor:
-        """The weight (out, in): the one it had where a folder keeps it, else the numbers'."""
-        if self.origin is None:
-            return dequantize(self.stored, self.dtype)
-        return self.origin.read().to(self.values.device, self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.stored, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-    def __getattr__(self, name: str):
-        if name == "weight":
-            raise AttributeError(
-                "this layer holds int8 numbers and no weight: fastft.unpatch(model) gives it back, "
-                "for merging an adapter into it for instance"
-            )
-        return super().__getattr__(name)
-
-    def _apply(self, fn, recurse=True):
-        scale = self.scale
-        super()._apply(fn, recurse)
-        # model.half() would round the scales; they move with the values all the same.
-        self.scale = scale.to(self.values.device)
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = dequantize(self.stored, self.dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
-        weight = state_dict.pop(prefix + "weight", None)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if weight is None:
-            missing.append(prefix + "weight")
-            return
-        stored = quantize(weight)
-        self.values.copy_(stored.values)
-        self.scale.copy_(stored.scale)
-        vars(self)["origin"] = None  # what the folder keeps is another weight
-
-
-def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
+def replaceable(
+    model: nn.Module, on_meta: bool = False
+) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
     """Name -> parent, the name in it, and layer, of those that can be replaced."""
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -119,7 +41,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
     found = {}
     for path, parent in model.named_modules():
         for name, layer in parent.named_children():
-            if type(layer) is not nn.Linear or layer in kept or layer.weight.is_meta:
+            if type(layer) is not nn.Linear or layer in kept or layer.weight.is_meta != on_meta:
                 continue
             if layer.weight.requires_grad or owners[id(layer.weight)] > 1:
                 continue
@@ -162,9 +84,8 @@ def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[Int
 
     Raises: ValueError for another kind than "int8", or a folder of other weights.
     """
-    if kind != "int8":
-        raise ValueError(f"base_weights: expected 'int8' or None, got {kind!r}")
-    layers = _layers(model)
+    check_kind(kind)
+    layers = replaceable(model)
     origins = {} if originals is None or not layers else _keep(layers, Path(originals))
     made = []
     for name, (parent, own, layer) in layers.items():
@@ -181,12 +102,7 @@ def restore(model: nn.Module) -> list[str]:
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, Int8Linear):
                 continue
-            replaced = layer.replaced
-            released = not replaced.weight.numel()
-            if released:
-                replaced.weight.data = layer.original()
-            replaced.bias = layer.bias
-            replaced.train(layer.training)
-            setattr(parent, name, replaced)
-            counts[list(counts)[released and layer.origin is None]] += 1
+            rounded = layer.origin is None and not layer.replaced.weight.numel()
+            setattr(parent, name, layer.restored())
+            counts[list(counts)[rounded]] += 1
     return [f"weights of {n} layers {how}" for how, n in counts.items() if n]

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fastft.ops.gated_mlp import gated_mlp
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.patch import lora as lora_layers
-from fastft.patch.base_weights import Int8Linear
 from fastft.patch.confirm import Unlike, confirm, stand_in
 from fastft.patch.swap import is_hooked, original_forward
 
@@ -28,7 +27,7 @@ class GatedMlp:
 def is_candidate(module: nn.Module) -> bool:
     names = set(module._modules)
     linear = all(
-        isinstance(c, nn.Linear | Int8Linear) or lora_layers.is_candidate(c)
+        isinstance(c, nn.Linear) or lora_layers.is_candidate(c)
         for n, c in module._modules.items()
         if n.endswith("_proj")
     )

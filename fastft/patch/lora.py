@@ -1,4 +1,4 @@
-"""Swaps PEFT's LoRA layers, over nn.Linear, GPT-2's Conv1D and quantised bases.
+"""Swaps PEFT's LoRA layers, over nn.Linear, GPT-2's Conv1D, int8 and quantised bases.
 
 PEFT's state decides at every call: merged, disabled, mixed or DoRA adapters take PEFT's own path.
 
@@ -14,9 +14,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from fastft.ops.int8_layer import Int8Linear
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_onto import lora_onto
-from fastft.patch.base_weights import Int8Linear
+from fastft.ops.quantized_linear import QuantizedWeight
 from fastft.patch.swap import has_own_forward, is_hooked, original_forward
 
 
@@ -30,7 +31,7 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def _is_plain_base(base: nn.Module) -> bool:
-    return type(base) is nn.Linear or _is_conv1d(base)
+    return type(base) is nn.Linear or isinstance(base, Int8Linear) or _is_conv1d(base)
 
 
 def _is_conv1d(base: nn.Module) -> bool:
@@ -39,9 +40,7 @@ def _is_conv1d(base: nn.Module) -> bool:
 
 
 def _is_quantised(base: nn.Module) -> bool:
-    """Ours, or bitsandbytes' 4-bit and 8-bit layers: their product stays theirs."""
-    if isinstance(base, Int8Linear):
-        return True
+    """bitsandbytes' 4-bit and 8-bit layers: their product stays theirs."""
     return isinstance(base, nn.Linear) and type(base).__module__.startswith("bitsandbytes.")
 
 
@@ -75,6 +74,8 @@ def as_lora_linear(module: nn.Module) -> LoraLinear | None:
     """A plain or LoRA linear layer as the operators take it; None if it must run by itself."""
     if type(module) is nn.Linear:
         return None if has_own_forward(module) else LoraLinear(module.weight, module.bias)
+    if isinstance(module, Int8Linear):
+        return None if has_own_forward(module) else LoraLinear(module.operand, module.bias)
     if _is_conv1d(module):
         if has_own_forward(module):
             return None
@@ -84,7 +85,8 @@ def as_lora_linear(module: nn.Module) -> LoraLinear | None:
     base = module.get_base_layer()
     if not _is_plain_base(base):
         return None
-    return _with_adapter(module, base.weight, base.bias, _is_conv1d(base))
+    weight = base.operand if isinstance(base, Int8Linear) else base.weight
+    return _with_adapter(module, weight, base.bias, _is_conv1d(base))
 
 
 def _with_adapter(module, weight, bias, transposed=False) -> LoraLinear:
@@ -100,7 +102,9 @@ def _with_adapter(module, weight, bias, transposed=False) -> LoraLinear:
 
 
 def takes(x: Tensor, linear: LoraLinear) -> bool:
-    """The operator's dtypes: the base's own, or autocast's."""
+    """The operator's dtypes: the base's own, or autocast's; eight bits go with any."""
+    if isinstance(linear.weight, QuantizedWeight):
+        return x.is_floating_point()
     return x.dtype == linear.weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastft.ops.int8_layer import int8_layers
 from fastft.patch import base_weights as stored_base
 from fastft.patch import generate
 from fastft.patch.confirm import Unlike, unhooked
@@ -41,8 +42,9 @@ def patch(
             `verify` tells what they cost in perplexity, `unpatch` drops them.
         base_weights: "int8" makes frozen linear layers hold int8 numbers instead of their weights
             and multiply integers, forward and backward: a quarter of the memory, for training
-            adapters. The head and the embeddings stay. Merging and whatever else reads a weight
-            needs `unpatch` first.
+            adapters. `generate` decodes from the same numbers; with decode_weights="int8" the head
+            gets a copy too. The head and the embeddings stay. Merging and whatever else reads a
+            weight needs `unpatch` first. `verify` tells what it costs.
         originals: a folder for the weights that base_weights takes away: a checkpoint that has
             them, to be read again, or a place to write them. `unpatch` gives them back; without,
             it gives back what the int8 numbers stand for, and says so.
@@ -60,7 +62,7 @@ def patch(
             replaced = []
             if base_weights is not None:
                 replaced = stored_base.store(model, base_weights, originals)
-            for layer in replaced:
+            for layer in int8_layers(model):
                 report.add(layer, "int8_linear", "int8_product")
             patcher.run(model)
         patcher.swap_generate(model, decode_weights)

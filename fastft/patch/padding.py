@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache_name import NAMES, cache_in, cache_name, renamed
+from fastft.ops.int8_layer import computing
 from fastft.patch.attention import NAME
 from fastft.patch.confirm import Unlike, relative, undisturbed
 from fastft.patch.packing import (
@@ -244,7 +245,7 @@ def _confirm(module: nn.Module, fields: set[str]) -> None:
     the bit: one row's output must not move when the other row's tokens change.
     """
     try:
-        with undisturbed(), torch.no_grad(), evaluating(module):
+        with undisturbed(), torch.no_grad(), evaluating(module), computing(module, "numbers"):
             results = _try(module)
     except Exception as error:  # an architecture may need arguments we do not know
         raise Unlike(f"padding kept: {type(error).__name__}: {error}") from error

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.layers import DECODE_WEIGHT, Unfit
+from fastft.ops.int8_layer import computing, int8_layers
+from fastft.patch.base_cost import BaseCost, base_cost
 from fastft.patch.confirm import undisturbed
 from fastft.patch.model import patch, unpatch
 from fastft.patch.padding import evaluating
@@ -33,6 +35,8 @@ class Verification:
     remarks: list[str] = field(default_factory=list)
     # With decode_weights: of the batch's tokens, by the weights and by their quantised copies.
     perplexity: tuple[float, float] | None = None
+    # With base_weights: what they cost, where the original weights are kept, else a sentence.
+    base: BaseCost | str | None = None
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
@@ -54,6 +58,7 @@ class Verification:
         if self.perplexity is not None:
             before, stored = self.perplexity
             lines.append(f"perplexity  {before:.4g}, with decode_weights {stored:.4g}")
+        lines += [str(self.base)] * (self.base is not None)
         lines += self.remarks
         lines.append(f"{'agrees' if self.ok else 'DIFFERS'} (relative, up to {self.tolerance:g})")
         return "\n".join(lines)
@@ -66,7 +71,9 @@ def verify(model: nn.Module, batch: Mapping) -> Verification:
 
     Dropout is off and the random state, `.grad` and training mode are left as they were; a model
     that is not patched is patched for the duration. The batch lies on the model's device; without
-    labels, a weighted sum of the logits stands for the loss.
+    labels, a weighted sum of the logits stands for the loss. Over an int8 base both sides multiply
+    by the weights its numbers stand for; what the eight bits cost against the original weights is
+    told beside it, where patch was given a folder that keeps them.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch)}")
@@ -76,15 +83,19 @@ def verify(model: nn.Module, batch: Mapping) -> Verification:
         patch(model)
     try:
         with undisturbed(), evaluating(model):
-            with switched_off(model):
-                wanted = _run(model, batch)
-            got = _run(model, batch)
+            with computing(model, "numbers"):
+                with switched_off(model):
+                    wanted = _run(model, batch)
+                got = _run(model, batch)
+            cost = base_cost(model, batch, _run) if int8_layers(model) else None
     finally:
         if not was_patched:
             unpatch(model)
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
     result = _compare(model, batch, wanted, got)
+    if int8_layers(model):
+        result.base = cost or "int8 base   its cost is not known: patch was given no originals"
     try:
         result.perplexity = _perplexity(model, batch)
     except Unfit as unfit:

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from truth import assert_same_bits_for_any_threads
 
-from fastft.ops.int8_linear import _int8_product, _round_rows, int8_linear, int8_product
+from fastft.ops.int8_linear import (
+    _int8_product,
+    _round_rows,
+    _scale_sums_,
+    int8_linear,
+    int8_product,
+)
+from fastft.ops.lora import LoraLinear, lora, lora_shared
+from fastft.ops.lora_mlp import lora_mlp
 from fastft.ops.quantized_linear import QuantizedWeight, dequantize, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -123,8 +131,107 @@ def test_frozen_inputs_cost_no_product():
         assert int8_linear(torch.randn(3, 16), weight).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("extras", [False, True])
+def test_scaled_sums(isa, extras):
+    """Over the sums themselves, one rounding a step; total may be a slice."""
+    for rows, columns in [(0, 5), (1, 1), (3, 33), (70, 576)]:
+        sums = torch.randint(-(2**22), 2**22, (rows, columns), dtype=torch.int32)
+        a = torch.rand(rows)
+        b, bias, total = torch.rand(columns), torch.randn(columns), torch.randn(rows, columns + 3)
+        b, bias, total = (b, bias, total[:, :columns]) if extras else (None, None, None)
+        truth = sums.double() * a.double()[:, None]
+        if extras:
+            truth = truth * b.double() + bias.double() + total.double()
+        size = float(truth.abs().max()) if truth.numel() else 0.0
+        _scale_sums_(sums, a, b, bias, total)
+        gap = (sums.view(torch.float32).double() - truth).abs()
+        assert not gap.numel() or float(gap.max()) <= 2**-22 * size
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_onto_a_total(isa, transposed):
+    a, a_scale, b, *_ = product_inputs(40, 64, 48, transposed)
+    total = torch.randn(40, 48)
+    y = int8_product(a, a_scale, b, transposed=transposed, total=total.clone())
+    truth = exact(a, a_scale, b, None, None, transposed) + total.double()
+    torch.testing.assert_close(y.double(), truth, rtol=1e-6, atol=1e-2)
+
+
+def adapter(rank, inner, out):
+    a = (torch.randn(rank, inner) * 0.1).requires_grad_()
+    return a, (torch.randn(out, rank) * 0.1).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_over_int8_weights(dtype):
+    """Values and all gradients in float64 from the rounded numbers; two share one rounding."""
+    torch.manual_seed(0)
+    weights = [quantize(torch.randn(out, 64) * 0.1) for out in (90, 40)]
+    bias = torch.randn(90, requires_grad=True)
+    adapters = [adapter(4, 64, 90), adapter(3, 64, 40)]
+    x = torch.randn(33, 64).to(dtype).requires_grad_()
+    linears = [LoraLinear(weights[0], bias, *adapters[0], 2.0),
+               LoraLinear(weights[1], None, *adapters[1], 0.5)]  # fmt: skip
+    ys = lora_shared(x, linears)
+    dys = [torch.randn_like(y) for y in ys]
+    torch.autograd.backward(ys, dys)
+    wide, dx = x.detach().double(), 0
+    rows, sizes = _round_rows(x.detach(), None)
+    rounded = rows.double() * sizes.double()[:, None]
+    tight = dict(rtol=4 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)
+    for y, dy, weight, each in zip(ys, dys, weights, linears, strict=True):
+        a, b = each.a.detach().double(), each.b.detach().double()
+        base = rounded @ dequantize(weight, torch.float64).t()
+        truth = base + (0 if each.bias is None else bias.detach().double())
+        truth = truth + each.scale * wide @ a.t() @ b.t()
+        torch.testing.assert_close(y.double(), truth, **tight)
+        grads, sizes = _round_rows(dy, weight.scale[:, 0])
+        dx = dx + (grads.double() * sizes.double()[:, None]) @ weight.values.double()
+        narrow = each.scale * dy.double() @ b
+        dx = dx + narrow @ a
+        torch.testing.assert_close(each.a.grad.double(), narrow.t() @ wide, rtol=1e-4, atol=1e-4)
+        db = each.scale * dy.double().t() @ (wide @ a.t())
+        torch.testing.assert_close(each.b.grad.double(), db, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), dx, **tight)
+    torch.testing.assert_close(bias.grad.double(), dys[0].double().sum(0), rtol=1e-2, atol=1e-1)
+
+
+def test_gated_mlp_over_int8_weights():
+    sizes = ((64, 90), (64, 90), (90, 64))
+    weights = [quantize(torch.randn(out, inner) * 0.1) for inner, out in sizes]
+    adapters = [adapter(4, *size) for size in sizes]
+    x = torch.randn(5, 7, 64, requires_grad=True)
+
+    def compute(together):
+        linears = [LoraLinear(w, None, *ab, 2.0) for w, ab in zip(weights, adapters, strict=True)]
+        leaves = [x, *(t for ab in adapters for t in ab)]
+        if together:
+            y = lora_mlp(x, *linears)
+        else:
+            gate, up = lora(x, linears[0]), lora(x, linears[1])
+            y = lora(torch.nn.functional.silu(gate) * up, linears[2])
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    for ours, wanted in zip(compute(True), compute(False), strict=True):
+        assert (ours - wanted).norm() < 2e-2 * wanted.norm()  # roundings may fall the other way
+
+
+def test_adapters_over_int8_weights_compile_and_cast():
+    weight, (a, b) = quantize(torch.randn(24, 32)), adapter(4, 32, 24)
+    x = torch.randn(20, 32, requires_grad=True)
+    function = torch.compile(lambda x: lora(x, LoraLinear(weight, None, a, b)), fullgraph=True)
+    torch.testing.assert_close(function(x), lora(x, LoraLinear(weight, None, a, b)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora(x, LoraLinear(weight, None, a, b)).dtype is torch.bfloat16
+    for wrong in (quantize(torch.randn(24, 32), 4), QuantizedWeight(torch.randn(24, 32))):
+        with pytest.raises(TypeError, match="weight: expected int8"):
+            lora(x, LoraLinear(wrong, None, a, b))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck(transposed):
+    sums = torch.randint(-99, 99, (7, 20), dtype=torch.int32)
+    opcheck(_scale_sums_.op, (sums, torch.rand(7), torch.rand(20), None, torch.randn(7, 20)))
     opcheck(_int8_product.op, product_inputs(7, 20, 9, transposed))
     opcheck(_round_rows.op, (torch.randn(7, 20), torch.rand(20)))
 
@@ -143,5 +250,7 @@ def test_bad_input():
     with pytest.raises(RuntimeError, match="create_graph"):
         x = torch.randn(3, 32, requires_grad=True)
         torch.autograd.grad(int8_linear(x, weight).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="total: expected shape"):
+        _scale_sums_(torch.zeros(3, 8, dtype=torch.int32), torch.rand(3), None, None, numbers(3, 7))
     with pytest.raises(RuntimeError, match="b: expected shape"):
         _int8_product(numbers(3, 32), torch.rand(3), numbers(8, 31), None, None, False)

@@ -208,13 +208,13 @@ def test_same_bits_for_any_thread_count():
 def test_opcheck(masked):
     x, w, bias, a, b = (torch.randn(*s) for s in ((6, 10), (12, 10), (12,), (3, 10), (12, 3)))
     mask = torch.rand(6, 10) > 0.5 if masked else None
-    lists = ([w, w], [bias, None], [a, a], [b, b], [mask, mask])
+    lists = ([w, w], [None, None], [bias, None], [a, a], [b, b], [mask, mask])
     numbers = ([1.0, 2.0], [1.0, 1.0], [False, False])
     ys, xas = _lora.op(x, *lists, *numbers)
     opcheck(_lora.op, (x, *lists, *numbers))
-    weights, _, a_s, b_s, masks = lists
-    opcheck(_lora_backward_input.op, (ys, weights, a_s, b_s, masks, *numbers, True))
-    _, us = _lora_backward_input.op(ys, weights, a_s, b_s, masks, *numbers, True)
+    weights, stored, _, a_s, b_s, masks = lists
+    opcheck(_lora_backward_input.op, (ys, weights, stored, a_s, b_s, masks, *numbers, True))
+    _, us = _lora_backward_input.op(ys, weights, stored, a_s, b_s, masks, *numbers, True)
     opcheck(_lora_backward_adapters.op, (x, ys, us, xas, masks, *numbers[:2]))
     opcheck(_low_rank_dot.op, (x, a, mask, 2.0, 0.5))
     opcheck(_low_rank_sum.op, (x, xas[0], mask, 2.0, 0.5))

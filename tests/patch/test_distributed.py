@@ -37,6 +37,6 @@ def run(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "int8"])
 def test_two_processes(kind):
     run(kind)

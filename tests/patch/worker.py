@@ -81,11 +81,40 @@ def fsdp(make, rank, first):
     assert unpatch(model) == []
 
 
+def int8(rank):
+    """Sharded and replicated over an int8 base, whose numbers every process holds whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    def make():
+        model = with_lora(causal_lm("llama")).train()
+        patch(model, base_weights="int8")
+        return model
+
+    model = make()
+    check(DistributedDataParallel(model), model, make, rank)
+    print("replicated agrees")
+    model = make()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    check(model, model, make, rank)
+    print("sharded agrees")
+    checkpointed = make()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    check(DistributedDataParallel(checkpointed), checkpointed, make, rank)
+    print("checkpointed agrees")
+
+
 def main():
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
+    if sys.argv[1] == "int8":
+        int8(rank)
+        dist.destroy_process_group()
+        return
     makers = {
         "full": lambda: causal_lm("llama").train(),
         "tied": lambda: causal_lm("llama", tie_word_embeddings=True).train(),

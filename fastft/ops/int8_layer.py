@@ -1,0 +1,156 @@
+"""Int8Linear: a linear layer that holds int8 numbers instead of a weight (base_weights="int8")."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastft.ops.int8_linear import int8_linear
+from fastft.ops.quantized_linear import QuantizedWeight, dequantize, quantize
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the original weight lies: a safetensors file and the name in it."""
+
+    file: Path
+    name: str
+
+    def read(self) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.file, "pt") as held:
+            return held.get_tensor(self.name)
+
+
+class _NoWeight(Tensor):
+    """The weight of a layer that holds none."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(
+            "this layer holds int8 numbers and no weight: fastft.unpatch(model) gives it back, "
+            "for merging an adapter into it for instance"
+        )
+
+
+class Int8Linear(nn.Linear):
+    """x W^T + bias over frozen int8 numbers, forward and backward (fastft/ops/int8_linear.py).
+
+    A Linear by class, so that PEFT puts adapters on it. Its state_dict has `weight` and `bias` as
+    the layer's it stands for, the weight as the numbers give it, so a saved model is an ordinary
+    one.
+    """
+
+    def __init__(
+        self, layer: nn.Linear, origin: Origin | None = None, weight: Tensor | None = None
+    ):
+        """weight: of a layer on the meta device."""
+        nn.Module.__init__(self)  # not Linear's, which would make a weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        stored = quantize(layer.weight if weight is None else weight)
+        self.register_buffer("values", stored.values, persistent=False)  # (out, in) int8
+        self.register_buffer("scale", stored.scale, persistent=False)  # (out, 1) float32
+        self.bias = layer.bias
+        self.dtype = layer.weight.dtype
+        self.computes = "int8"
+        # Past nn.Module's own bookkeeping: it is no part of this one.
+        vars(self)["replaced"], vars(self)["origin"] = layer, origin
+
+    def release(self) -> None:
+        """Frees the replaced layer's weight."""
+        self.replaced.weight.data = self.replaced.weight.data.new_empty(0)
+
+    def restored(self) -> nn.Linear:
+        """The replaced layer, with its weight again if it was freed, or never there."""
+        layer = self.replaced
+        if layer.weight.is_meta:
+            layer.weight = nn.Parameter(self.original(), requires_grad=False)
+        elif not layer.weight.numel():
+            layer.weight.data = self.original()
+        layer.bias = self.bias
+        layer.train(self.training)
+        return layer
+
+    @property
+    def stored(self) -> QuantizedWeight:
+        return QuantizedWeight(self.values, self.scale)
+
+    @property
+    def operand(self) -> QuantizedWeight | Tensor:
+        """What x is multiplied by: the numbers, or a weight while `computing` asks for one."""
+        if self.computes == "int8":
+            return self.stored
+        if self.computes == "numbers":
+            return dequantize(self.stored, self.dtype)
+        return self.original()
+
+    def original(self) -> Tensor:
+        """The weight (out, in): the one it had where a folder keeps it, else the numbers'."""
+        if self.origin is None:
+            return dequantize(self.stored, self.dtype)
+        return self.origin.read().to(self.values.device, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.operand
+        if isinstance(weight, Tensor):
+            return nn.functional.linear(x, weight, self.bias)
+        return int8_linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    @property
+    def weight(self) -> Tensor:
+        """What tells shape, dtype and device, as PEFT asks, and raises for whoever computes."""
+        device = self.values.device
+        shape = (self.out_features, self.in_features)
+        return Tensor._make_wrapper_subclass(_NoWeight, shape, dtype=self.dtype, device=device)
+
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        # model.half() would round the scales; they move with the values all the same.
+        self.scale = scale.to(self.values.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = dequantize(self.stored, self.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
+        weight = state_dict.pop(prefix + "weight", None)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if weight is None:
+            missing.append(prefix + "weight")
+            return
+        stored = quantize(weight)
+        self.values.copy_(stored.values)
+        self.scale.copy_(stored.scale)
+        vars(self)["origin"] = None  # what the folder keeps is another weight
+
+
+def int8_layers(model: nn.Module) -> list[Int8Linear]:
+    return [module for module in model.modules() if isinstance(module, Int8Linear)]
+
+
+@contextmanager
+def computing(model: nn.Module, how: Literal["int8", "numbers", "original"]) -> Iterator[None]:
+    """Inside, the model's int8 layers multiply by integers; or, in floating point, by the weights
+    that their numbers stand for, or by the original ones where a folder keeps them.
+
+    By "numbers" two ways to compute a model can be compared: rounding inputs to eight bits makes
+    a large difference of a small one, wherever it falls the other way.
+    """
+    layers = int8_layers(model)
+    before = [layer.computes for layer in layers]
+    try:
+        for layer in layers:
+            layer.computes = how
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.computes = was

@@ -1,0 +1,73 @@
+"""What an int8 base costs on a batch, against the original weights: perplexity and gradients."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastft.ops.int8_layer import computing, int8_layers
+
+
+@dataclass(frozen=True)
+class BaseCost:
+    """Pairs are of the original weights and of the int8 base, on the batch's own tokens."""
+
+    loss: tuple[float, float]
+    perplexity: tuple[float, float] | None  # of causal language models
+    cosines: dict[str, float]  # of each trainable tensor's two gradients
+
+    def __str__(self) -> str:
+        name, (before, now) = "loss", self.loss
+        if self.perplexity is not None:
+            name, (before, now) = "perplexity", self.perplexity
+        change = f" ({100 * (now / before - 1):+.2f} %)" if before else ""
+        line = f"int8 base   {name} {now:.4g}{change} where the original weights give {before:.4g}"
+        if not self.cosines:
+            return line
+        worst = min(self.cosines, key=self.cosines.__getitem__)
+        mean = sum(self.cosines.values()) / len(self.cosines)
+        return (
+            f"{line}\n            cosine of gradients {mean:.4f}, smallest "
+            f"{self.cosines[worst]:.4f}, {worst}"
+        )
+
+
+def base_cost(model: nn.Module, batch: Mapping, run: Callable) -> BaseCost | None:
+    """None where the original weights of a layer are not kept.
+
+    run(model, batch) gives loss, scores and the gradients by name. While the original weights are
+    computed with they are held, as much memory as the base took in floating point.
+    """
+    if any(layer.origin is None for layer in int8_layers(model)):
+        return None
+    with computing(model, "original"):
+        wanted = run(model, batch)
+    got = run(model, batch)
+    perplexity = tuple(_perplexity(model, batch, scores) for _, scores, _ in (wanted, got))
+    return BaseCost(
+        (float(wanted[0]), float(got[0])),
+        None if None in perplexity else perplexity,
+        {
+            name: float(F.cosine_similarity(got[2][name].flatten(), grad.flatten(), 0))
+            for name, grad in wanted[2].items()
+            if name in got[2] and grad.any()
+        },
+    )
+
+
+def _perplexity(model: nn.Module, batch: Mapping, scores: Tensor) -> float | None:
+    """e^(mean loss of the next token) over the tokens of a causal language model's batch."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # A model that can generate and is no encoder-decoder predicts the next token.
+    if not getattr(inner, "can_generate", bool)() or not isinstance(ids, Tensor):
+        return None
+    if inner.config.is_encoder_decoder or scores.shape[:-1] != ids.shape:
+        return None
+    with torch.no_grad():
+        targets = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        loss = F.cross_entropy(scores[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
+    return math.exp(float(loss))

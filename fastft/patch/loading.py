@@ -1,0 +1,103 @@
+"""load: a model whose frozen linear layers are rounded to int8 as they are read, one at a time.
+
+A model that would not fit into memory in its own type is loaded so: what it takes at most is the
+int8 numbers, the embeddings, and one weight.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastft.ops.int8_layer import Int8Linear, Origin
+from fastft.patch.base_weights import check_kind, replaceable
+
+
+def load(
+    folder: str | Path,
+    kind: type | None = None,
+    *,
+    base_weights: str = "int8",
+    dtype: torch.dtype = torch.float32,
+    config=None,
+) -> nn.Module:
+    """The model of a checkpoint of safetensors, frozen, its linear layers in int8; for adapters.
+
+    Adapters of PEFT go onto it as onto any other, and `fastft.patch` swaps the rest. The checkpoint
+    keeps the original weights: `unpatch` and `verify` read them there.
+
+    Args:
+        folder: a local folder, as `save_pretrained` writes it.
+        kind: the class, one of transformers' Auto classes for instance; default
+            AutoModelForCausalLM. Every weight it has must be in the checkpoint, by its own name.
+        base_weights: "int8"; see `fastft.patch`. The head and the embeddings stay in `dtype`.
+        config: the model's configuration; default: the folder's.
+    Raises: ValueError for another base_weights, or weights that are missing or of other shapes;
+        FileNotFoundError for a folder without safetensors.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    check_kind(base_weights)
+    folder = Path(folder)
+    kind = kind or transformers.AutoModelForCausalLM
+    config = config or transformers.AutoConfig.from_pretrained(folder)
+    places = dict(_places(folder))
+    with init_empty_weights():  # the parameters alone: buffers are computed, not read
+        build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        model = build(config, dtype=dtype)
+    model.requires_grad_(False)
+    model.tie_weights()
+    layers = replaceable(model, on_meta=True)
+    for name, (parent, own, layer) in layers.items():
+        origin = places.get(f"{name}.weight")
+        if origin is None:
+            raise ValueError(f"folder: {folder} has no weight of {name}")
+        weight = _read(origin, layer.weight, f"{name}.weight").to(dtype)
+        setattr(parent, own, Int8Linear(layer, origin, weight))
+    missing = []
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        if name not in places:
+            missing.append(name)
+            continue
+        owner, _, own = name.rpartition(".")
+        read = _read(places[name], parameter, name).to(dtype).clone()
+        setattr(model.get_submodule(owner), own, nn.Parameter(read, requires_grad=False))
+    model.tie_weights()
+    lacking = [name for name in missing if model.get_parameter(name).is_meta]
+    if lacking:
+        raise ValueError(f"folder: {folder} has no weight of {', '.join(lacking[:4])}")
+    model.name_or_path = config._name_or_path = str(folder)
+    return model.eval()
+
+
+def _places(folder: Path) -> Iterator[tuple[str, Origin]]:
+    """Where each tensor lies: by the index where there is one, else by the files themselves."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else None
+    files = sorted(folder.glob("*.safetensors")) if names is None else map(folder.joinpath, names)
+    found = False
+    for file in dict.fromkeys(files):
+        if file.parent != folder:
+            raise ValueError(f"{index}: {file} lies outside of the folder")
+        found = True
+        with safe_open(file, "pt") as held:
+            for key in held.keys():
+                yield key, Origin(file, key)
+    if not found:
+        raise FileNotFoundError(f"folder: {folder} holds no safetensors")
+
+
+def _read(origin: Origin, parameter: Tensor, name: str) -> Tensor:
+    # Opened for each tensor: what has been read of a file counts as memory until it is closed.
+    read = origin.read()
+    if read.shape != parameter.shape:
+        shapes = f"expected {tuple(parameter.shape)}, got {tuple(read.shape)}"
+        raise ValueError(f"folder: {name} in {origin.file.name}: {shapes}")
+    return read

@@ -1,0 +1,87 @@
+"""load: int8 numbers as patch makes them, the checkpoint for the originals, and what it refuses."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_base_weights import batch, gradients, llama
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import fastft
+from fastft.ops.int8_layer import int8_layers
+
+
+def with_lora(model):
+    torch.manual_seed(1)
+    options = dict(target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, LoraConfig(r=4, **options))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    llama().save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    return tmp_path
+
+
+def test_is_what_patch_makes_of_the_loaded_model(folder):
+    loaded, given = with_lora(fastft.load(folder)), with_lora(llama())
+    for model in (loaded, given):
+        report = fastft.patch(model, base_weights="int8")
+        assert report.count("int8_linear") == 14 and report.count("lora") == 14
+    layers = zip(int8_layers(loaded), int8_layers(given), strict=True)
+    assert all(torch.equal(a.values, b.values) and torch.equal(a.scale, b.scale) for a, b in layers)
+    inputs = batch()
+    (loss, grads), (wanted, truth) = gradients(loaded, inputs), gradients(given, inputs)
+    assert torch.equal(loss, wanted)
+    trained = {n for n in truth if "lora_" in n}
+    assert trained == set(grads) and all(torch.equal(grads[n], truth[n]) for n in trained)
+    assert not any(p.is_meta for p in loaded.parameters())
+    assert not any(b.is_meta for b in loaded.buffers())
+
+
+def test_the_checkpoint_keeps_the_originals(folder):
+    model = with_lora(fastft.load(folder))
+    fastft.patch(model)
+    found = fastft.verify(model, batch())
+    assert found.ok and found.base.perplexity[0] != found.base.perplexity[1]
+    assert "as they were" in " ".join(fastft.unpatch(model))
+    weights = dict(llama().named_parameters())
+    for name, parameter in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, weights[name.replace(".base_layer", "")]), name
+    assert not int8_layers(model.merge_and_unload())
+
+
+def test_tied_embeddings_biases_and_types(tmp_path):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")  # Conv1D layers stay
+    model = fastft.load(tmp_path / "gpt2", dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.transformer.wte.weight and not int8_layers(model)
+    assert model.dtype is torch.bfloat16
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=60,
+    )  # fmt: skip
+    bert = BertForSequenceClassification(config).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    model = fastft.load(tmp_path / "bert", BertForSequenceClassification)
+    ids = torch.randint(2, 60, (4, 9))
+    torch.testing.assert_close(model(ids).logits, bert(ids).logits, rtol=0.02, atol=0.02)
+
+
+def test_what_is_refused(folder):
+    with pytest.raises(ValueError, match="base_weights"):
+        fastft.load(folder, base_weights="int3")
+    with pytest.raises(FileNotFoundError, match="no safetensors"):
+        fastft.load(folder.parent / "nothing", config=llama().config)
+    file = sorted(folder.glob("*.safetensors"))[0]
+    held = load_file(file)
+    name = next(iter(held))
+    save_file({**held, name: held[name][:-1].contiguous()}, file)
+    with pytest.raises(ValueError, match=f"{name}.*expected"):
+        fastft.load(folder)
+    del held[name]
+    save_file(held, file)
+    with pytest.raises(ValueError, match=f"no weight of {name.removesuffix('.weight')}"):
+        fastft.load(folder)
