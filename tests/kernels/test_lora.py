@@ -14,7 +14,7 @@ class Separate:
     @staticmethod
     def reference(x, weight, bias, a, b, scale):
         (y,), (xa,) = _lora.reference(
-            x, [weight], [bias], [a], [b], [None], [scale], [1.0], [False]
+            x, [weight], [None], [bias], [a], [b], [None], [scale], [1.0], [False]
         )
         return y, xa
 
