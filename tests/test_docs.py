@@ -1,0 +1,108 @@
+"""README.md and docs/: every block runs, every link leads somewhere, every number is measured."""
+
+import re
+import shutil
+from collections import Counter
+
+import docs_pages as docs
+import pytest
+from docs_pages import NAMES, PAGES, ROOT, blocks
+
+# Reasons for which blocks are not run, and how many: one more is to be seen here.
+NOT_RUN = Counter({"it fetches a model of 98 MB": 1})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    docs.tiny_models(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tiny, tmp_path, monkeypatch):
+    """A folder of its own with the models that the pages name."""
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_page(page, slow: bool):
+    namespace = {"__name__": "__main__"}
+    ran = 0
+    for block in blocks(page):
+        if (block.runs or block.file) and (slow or not block.slow):
+            docs.run(block, namespace)
+            ran += 1
+    return ran
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_blocks_run(page, here):
+    run_page(page, slow=False)
+
+
+SLOW = [page for page in PAGES if any(block.slow for block in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SLOW, ids=lambda page: page.name)
+def test_blocks_run_with_the_slow_ones(page, here):
+    run_page(page, slow=True)
+
+
+def test_no_block_is_left_out():
+    found = [block for page in PAGES for block in blocks(page)]
+    for block in found:
+        where = f"{block.page}:{block.line}"
+        assert block.language in docs.LANGUAGES, f"{where}: {block.language!r}"
+    assert Counter(block.not_run for block in found if block.not_run) == NOT_RUN
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_code_stands_in_fences(page):
+    """Code that is only indented would escape the run."""
+    fenced, before = False, ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        fenced ^= line.startswith("```")
+        assert fenced or before or not line.startswith("    "), f"{page.name}:{number}"
+        before = line.strip()
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"[^\w\- ]", "", heading.lower().replace("`", ""))
+    return text.strip().replace(" ", "-")
+
+
+def without_fences(page) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
+
+
+def anchors(page) -> set[str]:
+    return {slug(found) for found in re.findall(r"^#+ (.+)$", without_fences(page), re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_that_are_named_exist(page):
+    named = r"`((?:bench|csrc|docs|fastft|kernels|tests)/[\w/.-]+)`"
+    for path in re.findall(named, without_fences(page)):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_every_page_is_reached_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    missing = [name for name in NAMES[1:] if f"({name})" not in text]
+    assert not missing
