@@ -9,7 +9,13 @@ import pytest
 from docs_pages import NAMES, PAGES, ROOT, blocks
 
 # Reasons for which blocks are not run, and how many: one more is to be seen here.
-NOT_RUN = Counter({"it fetches a model of 98 MB": 1})
+NOT_RUN = Counter(
+    {
+        "needs a GPU": 2,
+        "it fetches a model of 98 MB": 1,
+        "tests/test_gpu_bench.py runs it": 1,
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,42 @@ def test_every_page_is_reached_from_the_readme():
     text = (ROOT / "README.md").read_text()
     missing = [name for name in NAMES[1:] if f"({name})" not in text]
     assert not missing
+
+
+KERNELS = ROOT / "docs" / "kernels.md"
+
+
+def sections(page) -> dict[str, str]:
+    """Heading -> what stands below it, up to the next heading."""
+    parts = re.split(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_every_operator_has_a_section_and_every_kernel_a_link():
+    operators = {path.stem for path in ROOT.glob("fastft/ops/*.py")} - {"__init__"}
+    assert operators <= sections(KERNELS).keys()
+    kernels = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("kernels/*/*.py"), *ROOT.glob("kernels/*/*.cu")]
+    for path in kernels:
+        if path.stem not in ("__init__", "common"):
+            assert f"](../{path.relative_to(ROOT)})" in KERNELS.read_text(), path.name
+
+
+def test_formulas_are_those_of_the_operators():
+    found = 0
+    for name, text in sections(KERNELS).items():
+        for block in re.findall(r"^```text\n(.*?)^```$", text, re.S | re.M):
+            source = one_line((ROOT / "fastft" / "ops" / f"{name}.py").read_text())
+            for line in block.splitlines():
+                assert one_line(line) in source, f"{name}: {line}"
+                found += 1
+    assert found > 40
+
+
+def test_every_command_has_a_section():
+    parser = docs.cli._parser()
+    commands = next(a for a in parser._actions if a.dest == "command").choices
+    assert commands.keys() <= sections(ROOT / "docs" / "command-line.md").keys()
