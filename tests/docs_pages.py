@@ -128,8 +128,10 @@ def check_names(words: list[str], where: str) -> None:
                 assert f"\n{extra} = [" in project.read_text(), f"{where}: no extra {extra}"
     elif words[:2] == ["python", "-m"]:
         path = ROOT / words[2].replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or (
-            words[2] in ("venv", "pip")
+        assert (
+            path.with_suffix(".py").exists()
+            or (path / "__main__.py").exists()
+            or (words[2] in ("venv", "pip"))
         ), f"{where}: no module {words[2]}"
     elif words[0] in ("pytest", "python"):
         check_paths(words[1:], where)
@@ -184,9 +186,7 @@ def tiny_models(folder: Path) -> None:
         "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
         "{% if add_generation_prompt %}<s> assistant {% endif %}"
     )
-    llama = LlamaConfig(
-        num_key_value_heads=2, bos_token_id=2, eos_token_id=3, **sizes | places
-    )
+    llama = LlamaConfig(num_key_value_heads=2, bos_token_id=2, eos_token_id=3, **sizes | places)
     bert = BertConfig(**sizes | places)
     encoder = tokenizer(cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     for name, model, own in (

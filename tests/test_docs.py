@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tomllib
 from collections import Counter
 
 import docs_pages as docs
@@ -68,10 +69,9 @@ def test_no_block_is_left_out():
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_code_stands_in_fences(page):
     """Code that is only indented would escape the run."""
-    fenced, before = False, ""
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        fenced ^= line.startswith("```")
-        assert fenced or before or not line.startswith("    "), f"{page.name}:{number}"
+    before = ""
+    for line in without_fences(page).splitlines():
+        assert before or not line.startswith("    "), f"{page.name}: {line}"
         before = line.strip()
 
 
@@ -82,7 +82,8 @@ def slug(heading: str) -> str:
 
 
 def without_fences(page) -> str:
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
+    """The page's prose: no blocks of code, and no comments."""
+    return re.sub(r"^```.*?^```$|<!--.*?-->", "", page.read_text(), flags=re.S | re.M)
 
 
 def anchors(page) -> set[str]:
@@ -130,7 +131,11 @@ def one_line(text: str) -> str:
 def test_every_operator_has_a_section_and_every_kernel_a_link():
     operators = {path.stem for path in ROOT.glob("fastft/ops/*.py")} - {"__init__"}
     assert operators <= sections(KERNELS).keys()
-    kernels = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("kernels/*/*.py"), *ROOT.glob("kernels/*/*.cu")]
+    kernels = [
+        *ROOT.glob("csrc/cpu/*.cpp"),
+        *ROOT.glob("kernels/*/*.py"),
+        *ROOT.glob("kernels/*/*.cu"),
+    ]
     for path in kernels:
         if path.stem not in ("__init__", "common"):
             assert f"](../{path.relative_to(ROOT)})" in KERNELS.read_text(), path.name
@@ -151,3 +156,42 @@ def test_every_command_has_a_section():
     parser = docs.cli._parser()
     commands = next(a for a in parser._actions if a.dest == "command").choices
     assert commands.keys() <= sections(ROOT / "docs" / "command-line.md").keys()
+
+
+def test_versions_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    text = sections(ROOT / "docs" / "compatibility.md")["Versions"]
+    rows = re.findall(r"^\| (\w+) \| ([\d.]*) ?\| ([\d.]*) ?\|", text, re.M)
+    assert len(rows) >= 8
+    for name, oldest, tested in rows:
+        if name == "Python":
+            assert project["requires-python"] == f">={oldest}"
+        elif name == "torch":
+            assert f"\nTORCH ?= torch=={tested}\n" in (ROOT / "Makefile").read_text()
+        if name != "Python" and oldest:
+            assert f"{name}>={oldest}" in listed
+        if name not in ("Python", "torch", "triton"):
+            assert f"{name}=={tested}" in listed
+
+
+def test_every_number_of_the_tables_is_in_the_results():
+    """A ratio is what a printed one rounds to; a file of results that changes changes the page."""
+    measured, memory = set(), set()
+    for path in ROOT.glob("bench/results/*.md"):
+        text = path.read_text()
+        # A ratio stands behind its side's median; what varies is told as "from to".
+        found = re.findall(r" ms *(\d+\.\d\d)\b", text)
+        for both in re.findall(r"(\d\.\d) to (\d\.\d)", text):
+            found += both
+        measured |= set(map(float, found))
+        memory |= {str(int(float(size) + 0.5)) for size in re.findall(r"(\d+\.\d) MiB", text)}
+    for name in ("README.md", "docs/results.md"):
+        for row in re.findall(r"^\| .* \|$", (ROOT / name).read_text(), re.M):
+            cells = row.split(" | ")[1:3] if name != "README.md" else row.split(" | ")[1:2]
+            for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", " ".join(cells)):
+                digits = len(number.partition(".")[2])
+                rounded = {f"{value:.{digits}f}" for value in measured}
+                assert number in rounded, f"{name}: {number} in {row}"
+            for both in re.findall(r"(\d+) and (\d+) MiB", row):
+                assert set(both) <= memory, f"{name}: {both} in {row}"

@@ -10,10 +10,10 @@ import docs_pages as docs
 import pytest
 import torch
 import transformers
+from finetune import tiny
 
 import fastft
 from fastft import cli, doctor
-from finetune import tiny
 
 PAGE = docs.ROOT / "docs" / "troubleshooting.md"
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
