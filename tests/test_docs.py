@@ -63,6 +63,8 @@ def test_no_block_is_left_out():
     for block in found:
         where = f"{block.page}:{block.line}"
         assert block.language in docs.LANGUAGES, f"{where}: {block.language!r}"
+        data = block.language in ("csv", "json", "yaml")
+        assert bool(block.file) == data, f"{where}: data is a file that other blocks read"
     assert Counter(block.not_run for block in found if block.not_run) == NOT_RUN
 
 
