@@ -6,23 +6,24 @@ The weight is floating point, or int8 with a float32 scale per output channel; t
 those of fastft.ops.int8_linear, and linears that share an input share its rounding.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from fastft.ops import gemm
-from fastft.ops.int8_linear import _round_rows, int8_product
+from fastft.ops.int8_linear import Rounded, _round_rows, int8_product
 
 
 class Input:
     """x (tokens, in), and what it is rounded to, once, when first wanted."""
 
     def __init__(self, x: Tensor):
-        self.x, self._rounded = x, None
+        self.x = x
 
-    def rounded(self) -> tuple[Tensor, Tensor]:
-        if self._rounded is None:
-            self._rounded = _round_rows(self.x, None)
-        return self._rounded
+    @cached_property
+    def rounded(self) -> Rounded:
+        return Rounded.of(self.x)
 
 
 def forward_weight(weight: Tensor, transposed: bool) -> Tensor:
@@ -40,7 +41,7 @@ def base_product(
     if weight.dtype is not torch.int8:
         return gemm.matmul(given.x, forward_weight(weight, transposed), bias)
     bias = None if bias is None else bias.float()
-    return int8_product(*given.rounded(), weight, scale, bias).to(given.x.dtype)
+    return given.rounded.product(weight, scale, bias).to(given.x.dtype)
 
 
 def base_input_gradient(
