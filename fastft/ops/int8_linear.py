@@ -144,11 +144,21 @@ class Rounded(NamedTuple):
     def of(x: Tensor) -> "Rounded":
         return Rounded(*_round_apart(x, min(_APART, x.shape[1] // _ONE_OF)))
 
-    def product(self, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias: (tokens, out) float32."""
+    def product(
+        self,
+        values: Tensor,  # (out, in) int8
+        scale: Tensor,  # (out,)
+        bias: Tensor | None,
+        narrow: Tensor | None = None,  # (tokens, rank)
+        wide: Tensor | None = None,  # (rank, out)
+    ) -> Tensor:
+        """x W^T + bias + narrow wide: (tokens, out) float32. One pass adds both thin products."""
         y = int8_product(self.values, self.scale, values, scale, bias)
-        if len(self.columns):
-            low_rank_add_(y, self.apart, _int8_columns(values, scale, self.columns))
+        left, right = [self.apart], [_int8_columns(values, scale, self.columns)]
+        if narrow is not None:
+            left, right = [*left, narrow], [*right, wide.to(narrow.dtype)]
+        if sum(part.shape[1] for part in left):
+            low_rank_add_(y, torch.cat(left, 1), torch.cat(right))
         return y
 
 
