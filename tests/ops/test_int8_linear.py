@@ -130,10 +130,6 @@ def test_columns_of_a_weight(isa):
         scale, chosen = torch.rand(out), torch.tensor(chosen, dtype=torch.int64)
         columns = _int8_columns(stored, scale, chosen)
         assert torch.equal(columns, (stored[:, chosen] * scale[:, None]).t())
-    with pytest.raises(RuntimeError, match="columns: expected 0 to 7"):
-        _int8_columns(numbers(3, 8), torch.rand(3), torch.tensor([8]))
-    with pytest.raises(RuntimeError, match="count: expected 0 to 4"):
-        _round_apart(torch.randn(2, 4), 5)
 
 
 def test_large_columns_do_not_spoil_the_others():
@@ -310,3 +306,7 @@ def test_bad_input():
         _scale_sums_(torch.zeros(3, 8, dtype=torch.int32), torch.rand(3), None, None, numbers(3, 7))
     with pytest.raises(RuntimeError, match="b: expected shape"):
         _int8_product(numbers(3, 32), torch.rand(3), numbers(8, 31), None, None, False)
+    with pytest.raises(RuntimeError, match="columns: expected 0 to 7"):
+        _int8_columns(numbers(3, 8), torch.rand(3), torch.tensor([8]))
+    with pytest.raises(RuntimeError, match="count: expected 0 to 4"):
+        _round_apart(torch.randn(2, 4), 5)
