@@ -197,3 +197,10 @@ def test_every_number_of_the_tables_is_in_the_results():
                 assert number in rounded, f"{name}: {number} in {row}"
             for both in re.findall(r"(\d+) and (\d+) MiB", row):
                 assert set(both) <= memory, f"{name}: {both} in {row}"
+
+
+def test_pages_know_whether_a_gpu_has_been_measured():
+    measured = any(ROOT.glob("bench/results/*.json"))  # which only `make gpu` writes
+    for name in ("README.md", "docs/gpu.md"):
+        text = one_line((ROOT / name).read_text())
+        assert ("No GPU result is in here yet" in text) != measured, name
