@@ -16,8 +16,9 @@ from fastft.ops.int8_linear import _round_rows, int8_product
 class Input:
     """x (tokens, in), and what it is rounded to, once, when first wanted."""
 
-    def __init__(self, x: Tensor):
-        self.x, self._rounded = x, None
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._rounded: tuple[Tensor, Tensor] | None = None
 
     def rounded(self) -> tuple[Tensor, Tensor]:
         if self._rounded is None:

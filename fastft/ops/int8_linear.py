@@ -17,6 +17,8 @@ one: on a Zen 4 core 440 of the 474 GOP/s that there are, whichever way the weig
 it is slower than float32, and the kernel of csrc/cpu/int8_product.cpp takes 2.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ _TINY = 127 * torch.finfo(torch.float32).tiny
 
 
 @operator("round_rows(Tensor x, Tensor? factors) -> (Tensor values, Tensor scale)")
-def _round_rows(x, factors):
+def _round_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide if factors is None else wide * factors
     peak = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))
@@ -48,7 +50,14 @@ def _round_rows(x, factors):
     "int8_product(Tensor a, Tensor a_scale, Tensor b, Tensor? b_scale, Tensor? bias,"
     " bool transposed) -> Tensor"
 )
-def _int8_product(a, a_scale, b, b_scale, bias, transposed):
+def _int8_product(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
     # In float64, which holds every sum exactly: PyTorch multiplies no integers on every device.
     y = a.double() @ (b.double() if transposed else b.double().t())
     y = y.float() * a_scale[:, None]
@@ -60,7 +69,9 @@ def _int8_product(a, a_scale, b, b_scale, bias, transposed):
     "scale_sums_(Tensor(a!) sums, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? total)"
     " -> ()"
 )
-def _scale_sums_(sums, a_scale, b_scale, bias, total):
+def _scale_sums_(
+    sums: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, total: Tensor | None
+) -> None:
     y = sums.float() * a_scale[:, None]
     y = y if b_scale is None else y * b_scale
     y = y if bias is None else y + bias
@@ -105,7 +116,7 @@ def int8_product(
 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, scale, bias):
+    def forward(ctx: Any, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         rounded, row_scale = _round_rows(x, None)
         ctx.save_for_backward(values, scale)
         ctx.dtype = x.dtype
@@ -113,7 +124,7 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, scale = ctx.saved_tensors
         dbias = dy.sum(0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         if not ctx.needs_input_grad[0]:
@@ -133,7 +144,8 @@ def int8_linear(
     Under autocast x is cast to autocast's dtype. Raises: ValueError or TypeError that names the
     argument; a weight with scales per group, or in four bits, is refused.
     """
-    if weight.values.dtype is not torch.int8 or weight.scale.dtype is not torch.float32:
+    scale = weight.scale
+    if weight.values.dtype is not torch.int8 or scale is None or scale.dtype is not torch.float32:
         raise TypeError("weight: expected int8 values with a float32 scale per output channel")
     out, inputs = weight.shape
     if not x.is_floating_point() or x.dim() == 0:
@@ -146,5 +158,6 @@ def int8_linear(
     if dtype is not None and x.dtype is not torch.float64:
         x = x.to(dtype)
     wide = None if bias is None else bias.float()
-    y = _Int8Linear.apply(rows_of(x), weight.values, weight.scale[:, 0], wide)
-    return y.view(*x.shape[:-1], out)
+    y = _Int8Linear.apply(rows_of(x), weight.values, scale[:, 0], wide)
+    found: Tensor = y.view(*x.shape[:-1], out)
+    return found
