@@ -44,9 +44,10 @@ tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without a
 gpu:  ## build, prove and measure everything on a GPU, with the CUDA torch that PYTHON has
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-lint: $(BUILT)  ## check the style
+lint: $(BUILT)  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \

@@ -20,8 +20,10 @@ from fastft.patch import patch
 
 def held(model, everything: bool) -> int:
     """Bytes of the frozen linear layers, or of all that is not an adapter."""
-    total = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
-                if "lora_" not in name and (everything or name.endswith("base_layer.weight")))  # fmt: skip
+    total = 0
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and (everything or name.endswith("base_layer.weight")):
+            total += parameter.numel() * parameter.element_size()
     for layer in int8_layers(model):
         total += sum(b.numel() * b.element_size() for b in layer.buffers())
     return total
