@@ -38,7 +38,7 @@ def compare(old: Ratios, new: Ratios, allowed: float = ALLOWED) -> tuple[list[tu
             lines.append((*key, "", f"{after[key]:.2f}", "", "new"))
         elif before[key] != after[key]:
             change = after[key] / before[key] - 1
-            # Ratios are rounded numbers: 3.1 -> 2.79 is 10%, whatever binary fractions make of it.
+            # Ratios are rounded numbers: 3.2 -> 2.88 is 10%, whatever binary fractions make of it.
             fell = change < -allowed - 1e-9
             fallen += fell
             numbers = f"{before[key]:.2f}", f"{after[key]:.2f}", f"{change:+.0%}"
