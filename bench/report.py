@@ -82,7 +82,11 @@ def table(rows: list[Row]) -> str:
     lines = []
     for work, own in works.items():
         eager = [row for row in own if row.against == "eager"]
-        others = [f"{row.against} {ratio(row)}" for row in own if row.against != "eager"]
+        others = [
+            f"{row.against} {ratio(row)}" + (f" ({row.memory[0]:,.0f} MiB)" if row.memory else "")
+            for row in own
+            if row.against != "eager"
+        ]
         memory = [row.memory for row in eager if row.memory is not None]
         lines.append(
             (
@@ -114,7 +118,9 @@ def caption(rows: list[Row], ratios: Ratios) -> str:
     told = []
     for run in dict.fromkeys(row.run for row in rows):
         own = ratios.runs[run]
-        names = ("torch", "transformers", "llama-cpp-python")
+        names = ["torch", "transformers"]
+        if any(row.run == run and row.against.startswith("llama.cpp") for row in rows):
+            names.append("llama-cpp-python")
         versions = [f"{name} {own['versions'][name]}" for name in names if name in own["versions"]]
         when = own["date"] + (f" at {own['commit']}" if "commit" in own else "")
         parts = [f"{own['processor']}, {own['threads']} threads", ", ".join(versions), when]
@@ -131,7 +137,7 @@ def speed(figure, rows: list[Row]) -> None:
     axes.bar_label(bars, [ratio(row) for row in rows], padding=3)
     axes.axvline(1, color="tab:gray")
     axes.set_xlabel("time, eager / fastft (1: as fast as eager)")
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.01)
 
 
 def memory(figure, rows: list[Row]) -> None:
