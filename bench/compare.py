@@ -14,6 +14,8 @@ from bench.gpu.results import KEPT, ROOT
 from bench.ratios import Ratios, parse
 
 ALLOWED = 0.10
+# Of a resident set a few MiB are chance: less than this is as good as this.
+LEAST_MEMORY = 32.0
 HEADS = ("work", "against", "of", "old", "new", "change", "")
 
 
@@ -22,8 +24,9 @@ def values(found: Ratios) -> dict[tuple[str, str, str], float]:
     ratios = {}
     for row in found.rows:
         ratios[row.work, row.against, "time"] = row.ratio
-        if row.memory is not None and min(row.memory) > 0:
-            ratios[row.work, row.against, "memory"] = row.memory[0] / row.memory[1]
+        if row.memory is not None:
+            theirs, ours = (max(size, LEAST_MEMORY) for size in row.memory)
+            ratios[row.work, row.against, "memory"] = theirs / ours
     return ratios
 
 

@@ -46,6 +46,9 @@ def test_memory_is_a_ratio_too():
     new = found(Row("head", "eager", 2.0, memory=(1000.0, 60.0)))
     lines, fallen = compare.compare(old, new)
     assert fallen == 1 and lines == [("head", "eager", "memory", "20.00", "16.67", "-17%", "FELL")]
+    for pair in ((1000.0, 0.0), (1000.0, 31.0)), ((12.0, 50.0), (4.0, 50.0)):
+        old, new = (found(Row("head", "a peer", 2.0, memory=memory)) for memory in pair)
+        assert compare.compare(old, new) == ([], 0)  # a few MiB are chance
 
 
 def test_what_is_missing_or_new_is_told_and_fails_nothing(capsys):
