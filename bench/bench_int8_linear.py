@@ -57,7 +57,9 @@ def bench_lora_step(versus):
         for name, loss in losses.items():
             assert abs(loss - losses["eager"]) < 0.02 * losses["eager"], name
 
-    versus("LoRA step, int8 base, 4x128", sides, at_least=2.2, check=agree, rounds=7)
+    versus(
+        "SmolLM2-135M LoRA r8 step, int8 base, 4x128", sides, at_least=2.2, check=agree, rounds=7
+    )
 
 
 @pytest.mark.parametrize("inner, out", [(576, 1536), (1536, 576), (576, 576)])
