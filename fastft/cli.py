@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from typing import Any
 
 import fastft
 
@@ -59,8 +60,8 @@ def _configured(command: str, arguments: list[str]) -> int:
 
     module, settings, function, _ = CONFIGURED[command]
     try:
-        module = importlib.import_module(module)
-        getattr(module, function)(config.read(getattr(module, settings), command, arguments))
+        room = importlib.import_module(module)
+        getattr(room, function)(config.read(getattr(room, settings), command, arguments))
     except UserError as error:
         print(f"fastft {command}: {error}", file=sys.stderr)
         return 2
@@ -93,7 +94,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _add_demo(commands) -> None:
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a real model with LoRA, eager and patched, and compare",
@@ -138,7 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments and arguments[0] in CONFIGURED:
             return _configured(arguments[0], arguments[1:])
         args = _parser().parse_args(arguments)
-        return args.run(args)
+        out: int = args.run(args)
+        return out
     except BrokenPipeError:
         # Whoever read has had enough (`| head`); Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,19 +6,21 @@ is masked. So a batch may be ragged, and a single row is rolled back without a t
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import cache_name
 from fastft.decode.layers import Unfit
+from fastft.foreign import ForeignModule
 
 
 class ModuleCache:
     """A KVCache with even rows, and which of its slots count for each row."""
 
-    def __init__(self, layers: int, rows: int, capacity: int, device):
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
         self.slots = KVCache(layers, capacity)
         self.valid = torch.zeros(rows, 0, dtype=torch.long, device=device)  # (rows, slots)
         self.lengths = [0] * rows
@@ -31,8 +33,7 @@ class ModuleCache:
             )
         surplus = self.lengths[row] - length
         if surplus:
-            used = self.valid[row].nonzero()[-surplus:, 0]
-            self.valid[row, used] = 0
+            self.valid[row, self.valid[row].nonzero()[-surplus:, 0]] = 0
         self.lengths[row] = length
         # Slots at the end that no row uses any more are given back.
         used = int(self.valid.any(0).nonzero().amax()) + 1 if any(self.lengths) else 0
@@ -46,14 +47,15 @@ class ModuleStep:
 
     bit_exact = False
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: ForeignModule) -> None:
         config = model.config.get_text_config(decoder=True)
         taken = inspect.signature(type(model).forward).parameters
         if config.is_encoder_decoder or model.config.is_encoder_decoder:
             raise Unfit(f"{type(model).__name__} is an encoder-decoder model")
-        self.cache_name = cache_name(taken)
-        if model._is_stateful or self.cache_name is None or "attention_mask" not in taken:
+        name = cache_name(taken)
+        if model._is_stateful or name is None or "attention_mask" not in taken:
             raise Unfit(f"{type(model).__name__} keeps a state that cannot be rolled back")
+        self.cache_name = name
         if getattr(config, "sliding_window", None) and set(
             getattr(config, "layer_types", None) or ["sliding_attention"]
         ) != {"full_attention"}:
@@ -73,7 +75,7 @@ class ModuleStep:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in new])
         fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
         valid = torch.cat((cache.valid, fresh.to(self.device)), 1)
-        kwargs = {self.cache_name: cache.slots}
+        kwargs: dict[str, Any] = {self.cache_name: cache.slots}
         if self.takes_positions:
             kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, -width:]
         if self.keeps_logits:

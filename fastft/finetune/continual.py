@@ -11,8 +11,9 @@ T a temperature. task and KL are means over the items (rows, tags, tokens) of th
 accumulated batches are the step that one batch is; the pull to w* is counted once a step.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,28 @@ from fastft.finetune import UserError, examples, loading, reading, tasks
 from fastft.finetune.data import IGNORED
 from fastft.finetune.run_folder import processes
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
-def old_rows(config) -> dict:
+
+def old_rows(config: Any) -> dict[str, Any]:
     """The training rows of every file of config.old_data, by its name. Raises: UserError."""
     return {path: reading.splits(path)["train"] for path in config.old_data or ()}
 
 
-def all_names(names: list[str] | None, old: dict, config) -> list[str] | None:
+def all_names(names: list[str] | None, old: dict[str, Any], config: Any) -> list[str] | None:
     """names and behind them the classes that only old rows have."""
     found = [tasks.of(config.task).names(rows, config, names) for rows in old.values()]
     return None if names is None else list(dict.fromkeys(sum(found, list(names))))
 
 
-def encode(old: dict, tokenizer, config, names):
+def encode(
+    old: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: Any,
+    names: Sequence[str] | None,
+) -> Any:
     """Old rows as the task gives them to the model, in one Dataset; None where there are none."""
     if not old:
         return None
@@ -50,7 +60,7 @@ def encode(old: dict, tokenizer, config, names):
     return concatenate_datasets(parts)
 
 
-def replayed(train, old, share: float, seed: int):
+def replayed(train: "Dataset", old: "Dataset", share: float, seed: int) -> "Dataset":
     """train and as many of the old rows that they are share of both; the old ones drawn by seed.
 
     Where there are fewer old rows than that, each is there several times, as evenly as can be.
@@ -61,13 +71,19 @@ def replayed(train, old, share: float, seed: int):
     return concatenate_datasets([train, _drawn(old, wanted, seed)])
 
 
-def _drawn(rows, count: int, seed: int):
+def _drawn(rows: "Dataset", count: int, seed: int) -> "Dataset":
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(len(rows), generator=generator) for _ in range(0, count, len(rows))]
     return rows.select(torch.cat(passes)[:count].tolist())
 
 
-def keeping(config, model: nn.Module, tokenizer, names, old) -> "Keeping | None":
+def keeping(
+    config: Any,
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    names: Sequence[str] | None,
+    old: Any,
+) -> "Keeping | None":
     """What config adds to the loss of a training step; None without ewc and distill.
 
     model: ready to train, before its first step. Raises: UserError.
@@ -95,7 +111,9 @@ def keeping(config, model: nn.Module, tokenizer, names, old) -> "Keeping | None"
     return added
 
 
-def _teacher(config, tokenizer, names) -> nn.Module:
+def _teacher(
+    config: Any, tokenizer: "PreTrainedTokenizerBase", names: Sequence[str] | None
+) -> nn.Module:
     from fastft.finetune import running
 
     teacher = running.load_model(config, tokenizer, names).requires_grad_(False).eval()
@@ -122,7 +140,9 @@ class Keeping:
     temperature: float = 2.0
     teacher: nn.Module | None = None
 
-    def __call__(self, outputs, inputs: dict, num_items_in_batch=None) -> Tensor:
+    def __call__(
+        self, outputs: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         own = self.items(inputs["labels"])
         step = own if num_items_in_batch is None else num_items_in_batch
         step = torch.as_tensor(step, device=own.device).clamp_min(1)
@@ -136,11 +156,15 @@ class Keeping:
                 before = self.scores(self.teacher(**given)["logits"], inputs["labels"])
             now = self.scores(outputs["logits"], inputs["labels"])
             terms.append(self.distill * divergence(now, before, self.temperature) / step)
-        return sum(terms)
+        total: Any = sum(terms)
+        added: Tensor = total
+        return added
 
     def penalty(self) -> Tensor:
         """1/2 sum over i of F_i (w_i - w_i*)^2, a scalar."""
-        return sum((own * (weight - old).square()).sum() for weight, old, own in self.pulls) / 2
+        total: Any = sum((own * (weight - old).square()).sum() for weight, old, own in self.pulls)
+        half: Tensor = total / 2
+        return half
 
     def items(self, labels: Tensor) -> Tensor:
         """How many items labels has, as Trainer counts them."""
@@ -183,7 +207,7 @@ def draw_from(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
 
 def fisher(
     model: nn.Module,
-    rows: Iterable[dict],
+    rows: Iterable[dict[str, Any]],
     scores: Callable[[Tensor, Tensor], Tensor],
     draw: Callable[[Tensor], Tensor],
 ) -> list[tuple[nn.Parameter, Tensor]]:

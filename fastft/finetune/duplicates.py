@@ -8,7 +8,7 @@ Massive Datasets, chapter 3). A text takes about 4 KB of memory, with exact dupl
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Match:
 class Duplicates:
     """The texts seen so far. near None: only what is equal to the letter is a duplicate."""
 
-    def __init__(self, near: Near | None):
+    def __init__(self, near: Near | None) -> None:
         self._near = near
         self._digests: dict[bytes, int] = {}
         if near is not None:
@@ -57,7 +57,7 @@ class Duplicates:
         if digest in self._digests:
             return Match("duplicate", self._digests[digest])
         if self._near is not None:
-            signature = self._signature(text)
+            signature = self._signature(text, self._near.shingle)
             match = self._nearest(signature)
             if match is not None:
                 return Match("near duplicate", match)
@@ -66,19 +66,20 @@ class Duplicates:
         self._digests[digest] = number
         return None
 
-    def _nearest(self, signature) -> int | None:
+    def _nearest(self, signature: Any) -> int | None:
         """The most similar of the candidates, of which some are less similar than asked for."""
         similar = {
             number: float(np.mean(self._signatures[number] == signature.hashvalues))
             for number in self._index.query(signature)
         }
         best = max(similar, key=lambda number: (similar[number], -number), default=None)
-        if best is None or similar[best] < self._near.threshold:
+        if best is None or self._near is None or similar[best] < self._near.threshold:
             return None
-        return best
+        out: int | None = best
+        return out
 
-    def _signature(self, text: str):
-        held = shingles(text, self._near.shingle)
+    def _signature(self, text: str, shingle: int) -> Any:
+        held = shingles(text, shingle)
         signature = self._empty.copy()
         for start in range(0, len(held), BLOCK):
             signature.update_batch(held[start : start + BLOCK].tolist())

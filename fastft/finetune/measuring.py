@@ -4,39 +4,43 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastft.finetune import UserError, examples, loading, methods, metrics, running, tasks, trainer
 from fastft.finetune.data import IGNORED
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 # metrics, a row per prediction, names of the classes, fastft.patch's report
-Measured = tuple[dict, list[dict], list[str] | None, str | None]
+Measured = tuple[dict[str, Any], list[dict[str, Any]], list[str] | None, str | None]
 
 
-def by_prompt(config, source: str) -> Callable[..., Measured]:
+def by_prompt(config: Any, source: str) -> Callable[..., Measured]:
     """Of an EvaluateConfig: labels by their likelihood after a prompt."""
     from fastft.finetune import prompted
     from fastft.finetune.serving import serving
 
     model, tokenizer, report = serving(source, config)
 
-    def measure(name: str, split: str, rows) -> Measured:
+    def measure(name: str, split: str, rows: "Dataset") -> Measured:
         found, predictions = prompted.measure(config, model, tokenizer, rows)
         return found, predictions, list(found["per_class"]), report
 
     return measure
 
 
-def by_task(config, names: list[str] | None, patched: bool) -> Callable[..., Measured]:
+def by_task(config: Any, names: list[str] | None, patched: bool) -> Callable[..., Measured]:
     """Of a TrainConfig: what the model was trained for. names: the classes it learned, if any."""
     tokenizer = running.load_tokenizer(config)
     longest = examples.limit(config, tokenizer, loading.load_config(config.model))
     config = replace(config, max_length=longest)
     task = tasks.of(config.task)
-    held: list = []  # the model, once the classes are known
+    held: list[Any] = []  # the model, once the classes are known
 
-    def measure(name: str, split: str, rows) -> Measured:
+    def measure(name: str, split: str, rows: "Dataset") -> Measured:
         nonlocal names
         own = replace(config, data=name)
         names = names or task.names(rows, own)
@@ -52,14 +56,14 @@ def by_task(config, names: list[str] | None, patched: bool) -> Callable[..., Mea
             runs = trainer.build_trainer(own, model, tokenizer, {"train": encoded})
             seen = runs.predict(encoded, metric_key_prefix="eval")
         logits = seen.predictions[0] if isinstance(seen.predictions, tuple) else seen.predictions
-        found = {"loss": seen.metrics["eval_loss"]}
+        found = {"loss": (seen.metrics or {})["eval_loss"]}
         found |= task.metrics(names, own)(logits, seen.label_ids)
         return found, predictions(own, logits, seen.label_ids, names), names, report
 
     return measure
 
 
-def learned_prompt(source: str) -> dict:
+def learned_prompt(source: str) -> dict[str, Any]:
     """Settings by which a TrainConfig knows of a prompt that the model's adapter has learned."""
     place = loading.locate(source)
     kinds = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
@@ -74,7 +78,9 @@ def learned_prompt(source: str) -> dict:
     }
 
 
-def token_loss(model, encoded, collate, batch_size: int) -> float:
+def token_loss(
+    model: nn.Module, encoded: Any, collate: Callable[..., Any], batch_size: int
+) -> float:
     """Mean cross entropy in nats over all labelled tokens of an encoded dataset."""
     import torch
     from torch.utils.data import DataLoader
@@ -92,7 +98,7 @@ def token_loss(model, encoded, collate, batch_size: int) -> float:
     return total / tokens
 
 
-def predictions(config, logits, labels, names: list[str]) -> list[dict]:
+def predictions(config: Any, logits: Any, labels: Any, names: list[str]) -> list[dict[str, Any]]:
     """A row for each example: what is true, what was predicted and how surely."""
     import torch
 

@@ -5,6 +5,7 @@ Where a ratio has no denominator (a class that is never predicted, or never ther
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fastft.finetune import UserError, need
 AVERAGES = ("macro", "micro", "weighted")
 
 
-def classification(labels, probabilities, names: Sequence[str]) -> dict:
+def classification(labels: Any, probabilities: Any, names: Sequence[str]) -> dict[str, Any]:
     """How well one label of several is predicted: the most probable one counts.
 
     Args:
@@ -43,7 +44,9 @@ def classification(labels, probabilities, names: Sequence[str]) -> dict:
     }
 
 
-def multi_label(labels, probabilities, names: Sequence[str], threshold: float = 0.5) -> dict:
+def multi_label(
+    labels: Any, probabilities: Any, names: Sequence[str], threshold: float = 0.5
+) -> dict[str, Any]:
     """How well any number of labels is predicted: those of at least threshold count.
 
     Args:
@@ -71,7 +74,7 @@ def multi_label(labels, probabilities, names: Sequence[str], threshold: float = 
     }
 
 
-def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict:
+def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
     """How well whole entities are found, type and both ends right, as conlleval counts (seqeval).
 
     Args:
@@ -110,7 +113,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def calibration_error(confidence, correct, bins: int = 15) -> float:
+def calibration_error(confidence: Any, correct: Any, bins: int = 15) -> float:
     """Expected calibration error: sum over bins of |share correct - mean confidence| * share.
 
     confidence (n,) between 0 and 1 is sorted into bins of equal width, (i/bins, (i+1)/bins]; Guo et
@@ -132,7 +135,7 @@ def _check(probabilities: np.ndarray, shape: tuple[int, int]) -> None:
         raise UserError(f"the model's probabilities of example {row} are not finite")
 
 
-def _averages(labels, predicted, classes) -> dict[str, float]:
+def _averages(labels: Any, predicted: Any, classes: Sequence[int]) -> dict[str, float]:
     from sklearn.metrics import precision_recall_fscore_support as scores
 
     found = {}
@@ -144,7 +147,9 @@ def _averages(labels, predicted, classes) -> dict[str, float]:
     return found
 
 
-def _per_class(labels, predicted, classes, names) -> dict[str, dict]:
+def _per_class(
+    labels: Any, predicted: Any, classes: Sequence[int], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     from sklearn.metrics import precision_recall_fscore_support as scores
 
     columns = scores(labels, predicted, labels=list(classes), zero_division=0)
@@ -155,7 +160,7 @@ def _per_class(labels, predicted, classes, names) -> dict[str, dict]:
     }
 
 
-def _row(values: dict) -> dict:
+def _row(values: dict[str, Any]) -> dict[str, Any]:
     """Plain numbers; scikit-learn and seqeval call f1 by two names."""
     f1 = values["f1"] if "f1" in values else values["f1-score"]
     return {

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastft.finetune import UserError, formats, prepare_report, readers, reading, splitting
 from fastft.finetune.cleaning import Filters, Normalization, repair
@@ -66,7 +66,7 @@ class PrepareConfig(Config):
     test: float = option(0.1, "share of the rows for the test", least=0, most=0.9)
     seed: int = option(0, "of the split", least=0)
 
-    def check(self):
+    def check(self) -> None:
         if self.validation + self.test > 0.9 + 1e-9:
             raise UserError("validation and test: expected at most 0.9 together, to train on some")
         if self.max_characters is not None and self.max_characters < self.min_characters:
@@ -78,7 +78,7 @@ class PrepareResult:
     """The folder that was made, and what metrics.json in it says."""
 
     folder: Path
-    metrics: dict
+    metrics: dict[str, Any]
 
     @property
     def splits(self) -> dict[str, int]:
@@ -88,7 +88,8 @@ class PrepareResult:
     @property
     def dropped(self) -> dict[str, int]:
         """Rows dropped for each reason."""
-        return self.metrics["dropped"]
+        out: dict[str, int] = self.metrics["dropped"]
+        return out
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,11 @@ def _named(row: Row, renamed: dict[str, str]) -> Row:
     return rest | {as_: row.get(name) for name, as_ in renamed.items()}
 
 
-def _sift(config: PrepareConfig, source: Source, folder: Path) -> tuple[Kept, Counter]:
+def _sift(config: PrepareConfig, source: Source, folder: Path) -> tuple[Kept, Counter[str]]:
     """Writes rows.jsonl and dropped.jsonl: the numbers of the one, the reasons of the other."""
     from tqdm import tqdm
 
-    kept, dropped = Kept(), Counter()
+    kept, dropped = Kept(), Counter[str]()
     sieve = Sieve(_rules(config, source), kept)
     with (
         _open(folder / "rows.jsonl") as rows_file,
@@ -242,7 +243,7 @@ def _write(file: TextIO, row: Row) -> None:
     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter) -> None:
+def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter[str]) -> None:
     if not len(kept):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         raise UserError(f"{config.data}: no row is left ({why}); nothing was written")
@@ -257,7 +258,7 @@ def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter) -> None:
 def _deal(config: PrepareConfig, kept: Kept, given: bool, folder: Path) -> list[str]:
     """Writes the lines of rows.jsonl to the files of their splits; the split of each row."""
     if given:
-        found = [place.split for place in kept.places]
+        found = [str(place.split) for place in kept.places]
     else:
         strata = splitting.rarest(kept.labels)
         firsts = [row for row, first in enumerate(kept.firsts) if first == row]

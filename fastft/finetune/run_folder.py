@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastft.finetune import UserError
 
@@ -27,7 +28,7 @@ _LIBRARIES = ("fastft", "torch", "transformers", "datasets", "accelerate", "peft
 class RunFolder:
     """Paths in a run's folder, and writing there: a file is complete or not there."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.settings = self.path / "settings.yaml"
         self.record = self.path / "run.json"
@@ -60,14 +61,15 @@ class RunFolder:
                 raise
         return target
 
-    def write_json(self, name: str, held) -> Path:
+    def write_json(self, name: str, held: Any) -> Path:
         return self.write(name, json.dumps(held, indent=1) + "\n")
 
-    def read_metrics(self) -> dict:
-        return json.loads(self.metrics.read_text(encoding="utf-8"))
+    def read_metrics(self) -> dict[str, Any]:
+        out: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        return out
 
 
-def check(config) -> None:
+def check(config: Any) -> None:
     """UserError where `start` would raise one for the folder, before anything is computed."""
     folder = RunFolder(config.output)
     if config.resume:
@@ -84,7 +86,7 @@ def check(config) -> None:
             )
 
 
-def start(config, data: Iterable[Path] = ()) -> RunFolder:
+def start(config: Any, data: Iterable[Path] = ()) -> RunFolder:
     """The folder config.output: a new one, or with config.resume the one that is there.
 
     config: a settings dataclass with output, seed and resume.
@@ -106,7 +108,7 @@ def start(config, data: Iterable[Path] = ()) -> RunFolder:
     return folder
 
 
-def processes():
+def processes() -> Any:
     """accelerate's view of the processes that run this together, one where nobody started more."""
     import torch
     from accelerate import PartialState
@@ -114,7 +116,7 @@ def processes():
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def _make(folder: RunFolder, config, hashes: dict[str, str]) -> None:
+def _make(folder: RunFolder, config: Any, hashes: dict[str, str]) -> None:
     with readable(config.output):
         folder.path.mkdir(parents=True, exist_ok=True)
     folder.write("settings.yaml", yaml_of(config))
@@ -129,7 +131,7 @@ def _make(folder: RunFolder, config, hashes: dict[str, str]) -> None:
     folder.write_json("run.json", record)
 
 
-def _same(folder: RunFolder, config, hashes: dict[str, str]) -> None:
+def _same(folder: RunFolder, config: Any, hashes: dict[str, str]) -> None:
     import yaml
 
     try:
@@ -148,7 +150,7 @@ def _same(folder: RunFolder, config, hashes: dict[str, str]) -> None:
             raise UserError(f"{config.output}: {path} has changed since the run was started")
 
 
-def yaml_of(config) -> str:
+def yaml_of(config: Any) -> str:
     """Settings as the flat YAML that the command reads."""
     import yaml
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import (
     UserError,
@@ -26,6 +27,10 @@ from fastft.finetune.run_folder import RunFolder, processes, readable
 from fastft.finetune.train import RunResult, TrainConfig
 from fastft.losses import ClassificationLoss
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
 # The methods whose adapters a model may come with, by the type in their configuration.
 _KINDS = {
     "LORA": ("lora", "dora", "qlora"),
@@ -44,16 +49,16 @@ class Prepared:
     """
 
     config: TrainConfig
-    model: object
-    tokenizer: object
-    datasets: dict
-    report: object
-    loss: Callable | None = None
-    added: Callable | None = None
+    model: Any
+    tokenizer: Any
+    datasets: dict[str, Any]
+    report: Any
+    loss: Callable[..., Any] | None = None
+    added: Callable[..., Any] | None = None
     beside: dict[str, Path] = field(default_factory=dict)
 
 
-def prepare(config: TrainConfig, rows: dict) -> Prepared:
+def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
     """Model, tokenizer and encoded rows of a run; the same for the same config and rows.
 
     rows: from examples.read. Raises: UserError.
@@ -103,7 +108,7 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
     return Prepared(config, model, tokenizer, datasets, report, loss, added, beside)
 
 
-def load_tokenizer(config: TrainConfig):
+def load_tokenizer(config: TrainConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of config.model, with a chat template where the task needs one."""
     tokenizer = loading.load_tokenizer(config.model, words=config.task == "ner")
     if config.task == "sft" and tokenizer.chat_template is None:
@@ -114,7 +119,9 @@ def load_tokenizer(config: TrainConfig):
     return tokenizer
 
 
-def load_model(config: TrainConfig, tokenizer, names):
+def load_model(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", names: Sequence[str] | None
+) -> "nn.Module":
     # Of a frozen base half the bits do; what is trained is kept whole.
     frozen = config.task in ("lm", "sft") and config.method in ("lora", "dora", "qlora")
     return loading.load_model(
@@ -131,7 +138,7 @@ def load_model(config: TrainConfig, tokenizer, names):
     )
 
 
-def with_method(model, config: TrainConfig):
+def with_method(model: "nn.Module", config: TrainConfig) -> "nn.Module":
     """The model with what config.method trains; an adapter that it came with goes on training."""
     if not methods.is_adapter(model):
         return methods.apply(model, config, config.task)
@@ -145,7 +152,7 @@ def with_method(model, config: TrainConfig):
     return model
 
 
-def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunResult:
+def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence[Any] = ()) -> RunResult:
     """Trains, measures and keeps; prints the final table. callbacks: more of Trainer's.
 
     Raises: KeyboardInterrupt after Ctrl-C, with a checkpoint to go on from; UserError.
@@ -162,11 +169,13 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunR
         folder.write("patch.txt", f"{prepared.report or 'not patched: patch was off'}\n")
     trainer.fit(trains, folder, config.resume)
     seconds = time.perf_counter() - started
-    held = [split for split in ("validation", "test") if split in datasets]
-    measured = {split: trainer.measure(trains, datasets[split], config) for split in held}
+    held: list[str] = [split for split in ("validation", "test") if split in datasets]
+    measured: dict[str, Any] = {
+        split: trainer.measure(trains, datasets[split], config) for split in held
+    }
     trainable, parameters = methods.count(model)
     log = trains.state.log_history
-    metrics = {
+    metrics: dict[str, Any] = {
         "task": config.task,
         "method": config.method,
         "model": config.model,
@@ -197,7 +206,7 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunR
     return RunResult(folder.path, metrics, kept)
 
 
-def keep(trains, prepared: Prepared, folder: RunFolder) -> Path:
+def keep(trains: Any, prepared: Prepared, folder: RunFolder) -> Path:
     """The trained weights under folder.model, renamed into place when they are complete.
 
     An adapter with a name is in a folder of that name there, the others beside it.
@@ -220,7 +229,7 @@ def keep(trains, prepared: Prepared, folder: RunFolder) -> Path:
     return kept
 
 
-def summary(metrics: dict, folder: RunFolder) -> str:
+def summary(metrics: dict[str, Any], folder: RunFolder) -> str:
     """The final table."""
     counts = metrics["parameters"]
     splits = [split for split in ("validation", "test") if split in metrics]

@@ -38,10 +38,12 @@ class Kept:
     """What stays in memory of the rows that stay, in the order in which they were read."""
 
     labelled: bool = False  # each with one label, rather than any number
-    lengths: array = field(default_factory=lambda: array("q"))  # in characters
-    labels: list[tuple] = field(default_factory=list)
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # in characters
+    labels: list[tuple[Any, ...]] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
-    firsts: array = field(default_factory=lambda: array("q"))  # the row it repeats, or itself
+    firsts: "array[int]" = field(
+        default_factory=lambda: array("q")
+    )  # the row it repeats, or itself
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -50,7 +52,7 @@ class Kept:
 class Drop(Exception):
     """A row that does not stay; `of` is the kept row that it repeats."""
 
-    def __init__(self, reason: str, of: int | None = None):
+    def __init__(self, reason: str, of: int | None = None) -> None:
         super().__init__(reason)
         self.reason, self.of = reason, of
 
@@ -66,10 +68,12 @@ class Drop(Exception):
 class Sieve:
     """Takes rows of the source format, one at a time."""
 
-    def __init__(self, rules: Rules, kept: Kept):
+    def __init__(self, rules: Rules, kept: Kept) -> None:
         self._rules, self._kept = rules, kept
         self._seen = Duplicates(rules.near)
-        self._labels: dict[tuple, tuple] = {}  # one object for all rows of the same labels
+        self._labels: dict[
+            tuple[Any, ...], tuple[Any, ...]
+        ] = {}  # one object for all rows of the same labels
         kept.labelled = rules.target == "text-label"
 
     def take(self, row: Row, place: Place) -> Row:

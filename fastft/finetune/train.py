@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastft.finetune import UserError, need
 from fastft.finetune.config import Config, option
@@ -10,7 +10,10 @@ from fastft.finetune.config import Config, option
 # Learning rates that people start from: the fewer weights a method trains, the larger. How six of
 # them do on MiniLM and 800 reviews: `python -m bench.workflows --only sentiment`. There prompt had
 # an accuracy of 0.675 at 3e-3, 0.663 at 1e-2 and 0.538 at 3e-2.
-LEARNING_RATES = {
+Method = Literal[
+    "full", "top-layers", "bitfit", "lora", "dora", "qlora", "adapter", "ia3", "prefix", "prompt"
+]
+LEARNING_RATES: dict[Method, float] = {
     "full": 5e-5,
     "top-layers": 1e-4,
     "bitfit": 1e-3,
@@ -52,7 +55,7 @@ class TrainConfig(Config):
         None, help="lm, sft: fill every row with several texts; default: where the method allows it"
     )
 
-    method: Literal[tuple(LEARNING_RATES)] = option("full", help="which weights are trained")
+    method: Method = option("full", help="which weights are trained")
     rank: int = option(8, least=1, help="lora, dora, qlora: rank of the update")
     lora_alpha: float = option(16.0, above=0, help="lora: the update is scaled by alpha / rank")
     lora_dropout: float = option(0.0, least=0, most=0.95, help="lora: dropout before the update")
@@ -172,7 +175,7 @@ class RunResult:
     """What a run gave. model: the trained weights, as load_model and from_pretrained read them."""
 
     folder: Path
-    metrics: dict
+    metrics: dict[str, Any]
     model: Path | None = None
     runs: list["RunResult"] = field(default_factory=list)  # of each fold or seed
 

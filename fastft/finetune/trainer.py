@@ -4,17 +4,30 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from fastft.finetune import tasks
 from fastft.finetune.run_folder import RunFolder, readable
+from fastft.foreign import ForeignModule
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def build_trainer(
-    config, model, tokenizer, datasets: dict, loss: Callable | None = None,
-    added: Callable | None = None, **more,
+    config: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, Any],
+    loss: Callable[..., Any] | None = None, added: Callable[..., Any] | None = None, **more: Any,
 ) -> Trainer:  # fmt: skip
     """A transformers.Trainer, ready for `.train()`; it makes its folder of checkpoints.
 
@@ -53,9 +66,15 @@ def build_trainer(
 class _Trainer(Trainer):
     """A Trainer whose training steps may have more to their loss than what is evaluated."""
 
-    added: Callable | None = None
+    added: Callable[..., Any] | None = None
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         given = dict(inputs)  # Trainer takes the labels out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.added is not None and torch.is_grad_enabled():
@@ -67,13 +86,15 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def arguments(config, validated: bool = True) -> TrainingArguments:
+def arguments(config: Any, validated: bool = True) -> TrainingArguments:
     """config as transformers' TrainingArguments; validated: there is data to evaluate on."""
     gpu = torch.accelerator.is_available()
     every = "epoch" if config.evaluate_every is None else "steps"
     best = tasks.of(config.task).BEST
     # A name that transformers is about to change: only given where it is asked for.
-    chosen = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    chosen: dict[str, Any] = (
+        {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    )
     if config.fsdp:
         chosen["fsdp"] = True
     if validated and (config.best or config.early_stopping):
@@ -112,7 +133,7 @@ def arguments(config, validated: bool = True) -> TrainingArguments:
     )
 
 
-def loss_of(config, model, train) -> Callable | None:
+def loss_of(config: Any, model: nn.Module, train: "Dataset") -> Callable[..., Any] | None:
     """The task's loss for Trainer; None where the model's own is right."""
     from fastft.finetune import loss
 
@@ -125,27 +146,28 @@ def loss_of(config, model, train) -> Callable | None:
     )
 
 
-def class_names(model) -> list[str]:
+def class_names(model: ForeignModule) -> list[str]:
     names = model.config.id2label
     return [names[i] for i in sorted(names)]
 
 
-def numbers(metrics: dict) -> dict[str, float]:
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """What of nested metrics can stand in a log."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def measure(trainer: Trainer, dataset, config) -> dict:
+def measure(trainer: Trainer, dataset: "Dataset", config: Any) -> dict[str, Any]:
     """The task's metrics on dataset, and the loss there."""
     from fastft.finetune import metrics
 
     seen = trainer.predict(dataset, metric_key_prefix="eval")
-    found = {"loss": seen.metrics["eval_loss"]}
+    found = {"loss": (seen.metrics or {})["eval_loss"]}
     task = tasks.of(config.task)
     if task.metrics is None:
         return found | {"perplexity": metrics.perplexity(found["loss"])}
     compute = task.metrics(class_names(trainer.model), config)
-    return found | compute(seen.predictions, seen.label_ids)
+    out: dict[str, Any] = found | compute(seen.predictions, seen.label_ids)
+    return out
 
 
 def fit(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
@@ -181,17 +203,17 @@ class _Interrupted(TrainerCallback):
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _ask(self, number, frame) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
 
-    def on_step_end(self, args, state, control, **more):
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
 
 
-def _seen(evaluation) -> tuple:
+def _seen(evaluation: Any) -> tuple[Any, ...]:
     predictions = evaluation.predictions
     # Some heads give hidden states after the logits.
     return predictions[0] if isinstance(predictions, tuple) else predictions, evaluation.label_ids

@@ -19,7 +19,7 @@ from fastft.ops.low_rank import low_rank_add_
 class Input:
     """x (tokens, in), and what it is rounded to, once, when first wanted."""
 
-    def __init__(self, x: Tensor):
+    def __init__(self, x: Tensor) -> None:
         self.x = x
 
     @cached_property
@@ -42,9 +42,9 @@ def base_product(
     factor: float,  # of narrow
 ) -> Tensor:
     """x W^T + bias + factor narrow wide: (tokens, out), a new tensor of x's dtype."""
-    if weight.dtype is torch.int8:
+    if scale is not None:
         bias = None if bias is None else bias.float()
-        y = given.rounded.product(weight, scale, bias, narrow * factor, wide)
+        y = given.rounded.product(weight, scale, bias, (narrow * factor, wide))
         return y.to(given.x.dtype)
     y = gemm.matmul(given.x, forward_weight(weight, transposed), bias)
     if narrow.shape[1]:

@@ -20,7 +20,7 @@ one: on a Zen 4 core 440 of the 474 GOP/s that there are, whichever way the weig
 it is slower than float32, and the kernel of csrc/cpu/int8_product.cpp takes 2.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ _TINY = 127 * torch.finfo(torch.float32).tiny
 
 
 @operator("round_rows(Tensor x, Tensor? factors) -> (Tensor values, Tensor scale)")
-def _round_rows(x, factors):
+def _round_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide if factors is None else wide * factors
     peak = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))
@@ -57,7 +57,7 @@ def _round_rows(x, factors):
     "round_apart(Tensor x, int count)"
     " -> (Tensor values, Tensor scale, Tensor columns, Tensor apart)"
 )
-def _round_apart(x, count):
+def _round_apart(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     peaks = x.abs().amax(0) if len(x) else x.new_zeros(x.shape[1])
     peaks = peaks.float().nan_to_num(nan=torch.inf, posinf=torch.inf)
     columns = peaks.sort(descending=True, stable=True).indices[:count].sort().values
@@ -67,7 +67,7 @@ def _round_apart(x, count):
 
 
 @operator("int8_columns(Tensor values, Tensor scale, Tensor columns) -> Tensor")
-def _int8_columns(values, scale, columns):
+def _int8_columns(values: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
     return (values.index_select(1, columns) * scale[:, None]).t().contiguous()
 
 
@@ -75,7 +75,14 @@ def _int8_columns(values, scale, columns):
     "int8_product(Tensor a, Tensor a_scale, Tensor b, Tensor? b_scale, Tensor? bias,"
     " bool transposed) -> Tensor"
 )
-def _int8_product(a, a_scale, b, b_scale, bias, transposed):
+def _int8_product(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
     # In float64, which holds every sum exactly: PyTorch multiplies no integers on every device.
     y = a.double() @ (b.double() if transposed else b.double().t())
     y = y.float() * a_scale[:, None]
@@ -87,7 +94,9 @@ def _int8_product(a, a_scale, b, b_scale, bias, transposed):
     "scale_sums_(Tensor(a!) sums, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? total)"
     " -> ()"
 )
-def _scale_sums_(sums, a_scale, b_scale, bias, total):
+def _scale_sums_(
+    sums: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, total: Tensor | None
+) -> None:
     y = sums.float() * a_scale[:, None]
     y = y if b_scale is None else y * b_scale
     y = y if bias is None else y + bias
@@ -149,13 +158,13 @@ class Rounded(NamedTuple):
         values: Tensor,  # (out, in) int8
         scale: Tensor,  # (out,)
         bias: Tensor | None,
-        narrow: Tensor | None = None,  # (tokens, rank)
-        wide: Tensor | None = None,  # (rank, out)
+        adapter: tuple[Tensor, Tensor] | None = None,  # narrow (tokens, rank), wide (rank, out)
     ) -> Tensor:
         """x W^T + bias + narrow wide: (tokens, out) float32. One pass adds both thin products."""
         y = int8_product(self.values, self.scale, values, scale, bias)
         left, right = [self.apart], [_int8_columns(values, scale, self.columns)]
-        if narrow is not None:
+        if adapter is not None:
+            narrow, wide = adapter
             left, right = [*left, narrow], [*right, wide.to(narrow.dtype)]
         if sum(part.shape[1] for part in left):
             low_rank_add_(y, torch.cat(left, 1), torch.cat(right))
@@ -164,14 +173,14 @@ class Rounded(NamedTuple):
 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, scale, bias):
+    def forward(ctx: Any, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(values, scale)
         ctx.dtype = x.dtype
         return Rounded.of(x).product(values, scale, bias).to(x.dtype)
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         values, scale = ctx.saved_tensors
         dbias = dy.sum(0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         if not ctx.needs_input_grad[0]:
@@ -191,7 +200,8 @@ def int8_linear(
     Under autocast x is cast to autocast's dtype. Raises: ValueError or TypeError that names the
     argument; a weight with scales per group, or in four bits, is refused.
     """
-    if weight.values.dtype is not torch.int8 or weight.scale.dtype is not torch.float32:
+    scale = weight.scale
+    if weight.values.dtype is not torch.int8 or scale is None or scale.dtype is not torch.float32:
         raise TypeError("weight: expected int8 values with a float32 scale per output channel")
     out, inputs = weight.shape
     if not x.is_floating_point() or x.dim() == 0:
@@ -204,5 +214,6 @@ def int8_linear(
     if dtype is not None and x.dtype is not torch.float64:
         x = x.to(dtype)
     wide = None if bias is None else bias.float()
-    y = _Int8Linear.apply(rows_of(x), weight.values, weight.scale[:, 0], wide)
-    return y.view(*x.shape[:-1], out)
+    y = _Int8Linear.apply(rows_of(x), weight.values, scale[:, 0], wide)
+    found: Tensor = y.view(*x.shape[:-1], out)
+    return found
