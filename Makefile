@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench gpu tutorials wheel matrix lint sanitize clean
+.PHONY: help setup demo test bench gpu tutorials wheel matrix cross lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -53,6 +53,9 @@ wheel: $(BUILT)  ## build a wheel into dist/, for this Python and every torch fr
 
 matrix:  ## install the wheel of dist/ under other versions of Python, torch and the libraries
 	$(PYTHON) tests/matrix.py $(ARGS)
+
+cross: $(BUILT)  ## compile the sources for arm64 and for AVX2 alone, and try the kernels
+	$(PY) tests/cross.py $(ARGS)
 
 lint: $(BUILT)  ## check style and types
 	$(PY) -m ruff check .

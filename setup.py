@@ -5,8 +5,9 @@ are torch-free and compiled once per instruction set. Without a compiler the pac
 pure-Python, and `fastft doctor` says so. CXX, CFLAGS, CXXFLAGS and LDFLAGS are honoured.
 
 Where torch is a CUDA build, or TORCH_CUDA_ARCH_LIST names architectures ("8.0;9.0+PTX", or "usual"
-for all that this nvcc knows of CUDA_ARCHITECTURES), nvcc adds kernels/cuda/*.cu, torch-free too, and csrc/cuda/*.cpp binds them. The extension still loads on a
-torch without CUDA: the runtime is linked in, and PyTorch's CUDA library is found when it is there.
+for all of CUDA_ARCHITECTURES that nvcc knows), nvcc adds kernels/cuda/*.cu, torch-free too, and
+csrc/cuda/*.cpp binds them. The extension still loads on a torch without CUDA: the runtime is linked
+in, and PyTorch's CUDA library is found when it is there.
 """
 
 import os
