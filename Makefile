@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench bench-compare gpu tutorials lint sanitize clean
+.PHONY: help setup demo test bench bench-compare gpu tutorials wheel matrix cross lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -47,6 +47,19 @@ tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without a
 # Installs nothing: a machine with a GPU has its torch, and no other is to take its place.
 gpu:  ## build, prove and measure everything on a GPU, with the CUDA torch that PYTHON has
 	$(PYTHON) -m bench.gpu $(ARGS)
+
+# With CUDA C++ where nvcc is, for all usual architectures; TORCH_CUDA_ARCH_LIST= leaves it out. The
+# extension loads on a torch without CUDA all the same, and on every torch from 2.11 on.
+WHEEL_CUDA = $(or $(TORCH_CUDA_ARCH_LIST),$(if $(filter undefined,$(origin TORCH_CUDA_ARCH_LIST)),$(if $(NVCC),usual)))
+wheel: $(BUILT)  ## build a wheel into dist/, for this Python and every torch from 2.11 on
+	TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA)" \
+	  $(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+matrix:  ## install the wheel of dist/ under other versions of Python, torch and the libraries
+	$(PYTHON) tests/matrix.py $(ARGS)
+
+cross: $(BUILT)  ## compile the sources for arm64 and for AVX2 alone, and try the kernels
+	$(PY) tests/cross.py $(ARGS)
 
 lint: $(BUILT)  ## check style and types
 	$(PY) -m ruff check .

@@ -21,6 +21,8 @@ from fastft.ops import gemm
 REFERENCE = "PyTorch reference"
 # Below these the package does not work; None: needed by some commands only, any version.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "peft": "0.19", "trl": None, "triton": None}
+# The newest that the tests are run with; tests/test_doctor.py holds them to the pinned ones.
+TESTED = {"torch": "2.13", "transformers": "5.24", "peft": "0.21", "trl": "1.16", "triton": "3.6"}
 INSTALL = "`pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
 
 
@@ -52,15 +54,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _version_warnings(versions: dict[str, Any]) -> list[str]:
+def _version_warnings(versions: dict[str, str | None]) -> list[str]:
     warnings = []
     for name, oldest in OLDEST.items():
-        if oldest is None or (versions[name] is None and name == "peft"):
-            continue
-        if versions[name] is None:
-            warnings.append(f"{name} is not installed: fastft needs {oldest} or later")
-        elif Version(versions[name]) < Version(oldest):
-            warnings.append(f"{name} {versions[name]} is too old: fastft needs {oldest} or later")
+        found, tested = versions[name], TESTED[name]
+        if found is None:
+            if oldest is not None and name != "peft":
+                warnings.append(f"{name} is not installed: fastft needs {oldest} or later")
+        elif oldest is not None and Version(found) < Version(oldest):
+            warnings.append(f"{name} {found} is too old: fastft needs {oldest} or later")
+        elif Version(found).release[:2] > Version(tested).release[:2]:
+            warnings.append(
+                f"{name} {found} is newer than {tested}, the newest that fastft is tested with"
+            )
     return warnings
 
 
