@@ -136,8 +136,14 @@ def _averages(labels, predicted, classes) -> dict[str, float]:
     from sklearn.metrics import precision_recall_fscore_support as scores
 
     found = {}
+    # Of classes that are neither there nor predicted nothing can be said, as in scikit-learn.
+    labels, predicted, classes = np.asarray(labels), np.asarray(predicted), list(classes)
+    if labels.ndim > 1:
+        there = [c for c in classes if labels[:, c].any() or predicted[:, c].any()]
+    else:
+        there = sorted({*labels.tolist(), *predicted.tolist()})
     for average in AVERAGES:
-        options = {"labels": list(classes), "average": average, "zero_division": 0}
+        options = {"labels": there or classes, "average": average, "zero_division": 0}
         values = scores(labels, predicted, **options)
         for name, value in zip(("precision", "recall", "f1"), values, strict=False):
             found[f"{name}_{average}"] = float(value)

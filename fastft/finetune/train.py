@@ -162,6 +162,11 @@ class TrainConfig(Config):
             raise UserError("adapter_name: a new adapter forgets nothing; leave ewc and distill")
 
     @property
+    def continues(self) -> bool:
+        """Whether what the model was trained for before is to be kept, its classes too."""
+        return bool(self.replay or self.ewc or self.distill)
+
+    @property
     def rate(self) -> float:
         """The learning rate, the method's own where none was given."""
         return self.learning_rate or LEARNING_RATES[self.method]
