@@ -21,8 +21,9 @@ def classification(labels, probabilities, names: Sequence[str]) -> dict:
         probabilities: (examples, classes), each row sums to 1.
         names: of the classes.
     Returns: accuracy; {precision,recall,f1}_{macro,micro,weighted}, of classes that are there or
-        predicted; per_class: name -> precision, recall, f1, support; confusion: rows are true, columns predicted classes; brier: the mean
-        of sum_c (p_c - y_c)^2, 0 to 2 (Brier 1950); ece: `calibration_error`.
+        predicted; per_class: name -> precision, recall, f1, support; confusion: rows are true,
+        columns predicted classes; brier: the mean of sum_c (p_c - y_c)^2, 0 to 2 (Brier 1950);
+        ece: `calibration_error`.
     Raises: UserError for no examples, labels outside names, and values that are not finite.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)

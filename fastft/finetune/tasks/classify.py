@@ -15,8 +15,7 @@ def names(rows, config, known: Sequence[str] | None = None) -> list[str]:
     Raises: UserError for rows without a label, and where there is nothing to tell apart.
     """
     found = labels_in(rows, config)
-    every = found | set(known) if known and config.continues else found
-    if not config.multi_label and len(every) < 2:
+    if not config.multi_label and len(found) < 2 and not (known and config.continues):
         raise UserError(f"every row has the label {found.pop()!r}: there is nothing to tell apart")
     if not found:
         raise UserError(f"no row has any label under {config.label_column or LABEL!r}")
