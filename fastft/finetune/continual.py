@@ -7,8 +7,10 @@ With w the weights and w* those that the run began with, a step's loss is
 
 F is the diagonal of the Fisher information of the old data (Kirkpatrick et al. 2017, arXiv
 1612.00796), z the logits and z* those of the model as it was (Li and Hoiem 2016, arXiv 1606.09282),
-T a temperature. task and KL are means over the items (rows, tags, tokens) of the whole step, so
-accumulated batches are the step that one batch is; the pull to w* is counted once a step.
+T a temperature. Where the new data has classes that the model did not know, the head has rows for
+them behind the old ones, and z are the logits of the old classes alone. task and KL are means over
+the items (rows, tags, tokens) of the whole step, so accumulated batches are the step that one batch
+is; the pull to w* is counted once a step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastft.finetune import UserError, examples, loading, reading, tasks
+from fastft.finetune import UserError, assets, examples, loading, reading, tasks
 from fastft.finetune.data import IGNORED
 from fastft.finetune.run_folder import processes
 
@@ -34,9 +36,22 @@ def old_rows(config: Any) -> dict[str, Any]:
 
 
 def all_names(names: list[str] | None, old: dict[str, Any], config: Any) -> list[str] | None:
-    """names and behind them the classes that only old rows have."""
+    """names and behind them the classes that only old rows have.
+
+    Where what was learned is to be kept, those that the model knows come first, in their order.
+    """
     found = [tasks.of(config.task).names(rows, config, names) for rows in old.values()]
-    return None if names is None else list(dict.fromkeys(sum(found, list(names))))
+    if names is None:
+        return None
+    known = loading.known_labels(config.model)
+    first = known if known and config.continues else []
+    every = list(dict.fromkeys([*first, *names, *sum(found, [])]))
+    if known and not set(known) <= set(every):
+        assets.say(
+            f"{config.model}: its classes {', '.join(known)} give way to those of the data; with "
+            "replay, distill or ewc they would stay"
+        )
+    return every
 
 
 def encode(
@@ -90,13 +105,15 @@ def keeping(
     """
     if not (config.ewc or config.distill):
         return None
-    if names is not None and loading.known_labels(config.model) != list(names):
+    known = None if names is None else loading.known_labels(config.model)
+    if names is not None and not known:
         which = "ewc" if config.ewc else "distill"
         raise UserError(
             f"{which}: {config.model} was not trained for the classes {', '.join(names)}, so there "
             "is nothing of theirs to keep; adapter_name trains an adapter beside what it knows"
         )
-    added, device = Keeping(config.task, config.multi_label), processes().device
+    added = Keeping(config.task, config.multi_label, None if known is None else len(known))
+    device = processes().device
     if config.ewc:
         added.ewc = config.ewc
         rows = _drawn(old, min(config.ewc_rows, len(old)), config.seed)
@@ -107,7 +124,7 @@ def keeping(
         added.pulls = [(weight, weight.detach().clone(), own) for weight, own in found]
     if config.distill:
         added.distill, added.temperature = config.distill, config.temperature
-        added.teacher = _teacher(config, tokenizer, names).to(device)
+        added.teacher = _teacher(config, tokenizer, known).to(device)
     return added
 
 
@@ -129,11 +146,13 @@ class Keeping:
     """(outputs, inputs, num_items_in_batch=None) -> the terms beside a training step's task loss.
 
     inputs: what the model was given, and labels. num_items_in_batch: of the whole step, as Trainer
-    counts it; by default those of this batch.
+    counts it; by default those of this batch. known: the classes that were learned before, of which
+    alone something can be kept; behind them new ones may follow.
     """
 
     task: str
     multi_label: bool = False
+    known: int | None = None
     ewc: float = 0.0
     pulls: list[tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=list)  # w, w*, F
     distill: float = 0.0
@@ -178,7 +197,9 @@ class Keeping:
         if self.task in ("lm", "sft"):
             # Prompt tuning puts the logits of its virtual tokens before those of the text.
             logits = logits[:, -labels.shape[1] : -1]
+        logits = logits[..., : self.known]
         if self.multi_label:
+            labels = labels[..., : self.known]
             logits = torch.stack([torch.zeros_like(logits), logits], -1)
         logits = logits[self._shifted(labels) != IGNORED]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

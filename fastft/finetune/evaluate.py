@@ -211,8 +211,8 @@ def _measurer(config: EvaluateConfig, source: str, rows: dict[str, Any]) -> Call
         **options,
         **measuring.learned_prompt(source),
     )
-    names = [found for m in [source, *config.model] if (found := loading.known_labels(m))]
-    return measuring.by_task(settings, names[0] if names else None, config.patch)
+    names = [found for m in [source, *config.models] if (found := loading.known_labels(m))]
+    return measuring.by_task(settings, names, config.patch)
 
 
 def _place(config: EvaluateConfig, i: int, source: str, j: int, name: str) -> str:

@@ -107,8 +107,8 @@ def load_model(
     Args:
         task: "classify", "ner", "lm" or "sft".
         dtype: of the weights, a name of torch's.
-        labels: names of the classes; None: those the model has. Another number of classes than
-            the model has gives a new head.
+        labels: names of the classes; None: those the model has. Where the model's own come first
+            in them its head stays, with rows for the others; another number gives a new head.
         multi_label: any number of classes at a time.
         dropout: all of the model's dropout probabilities; None: its own.
         pad_id: the tokenizer's padding token, which GPT- and Llama-like classifiers must know.
@@ -121,11 +121,20 @@ def load_model(
     import torch
     import transformers
 
+    from fastft.finetune import heads
+
     place = locate(source)
     adapter = _read(Path(place) / ADAPTER)
     base = locate(_base_of(Path(place), adapter)) if adapter else place
     config = load_config(source)
-    _set_labels(config, task, labels, multi_label)
+    known = _named(config)
+    grows = task in ("classify", "ner") and heads.grows(known, labels)
+    if grows and adapter:
+        raise UserError(
+            f"{source}: an adapter for the classes {', '.join(known or ())}; to learn others "
+            "beside them merge it first"
+        )
+    _set_labels(config, task, known if grows else labels, multi_label)
     if dropout is not None:
         _set_dropout(config, dropout, source)
     if pad_id is not None and task in ("classify", "ner"):
@@ -151,6 +160,9 @@ def load_model(
             )
     if adapter is None:
         _check_new(model, task, info, source)
+        if grows and labels is not None:
+            heads.grow(model, task, len(labels))
+            _set_labels(model.config, task, labels, multi_label)
         out: PreTrainedModel = model
         return out
     from fastft.finetune import methods
@@ -177,7 +189,11 @@ def load_config(source: str | Path) -> "PretrainedConfig":
 
 def known_labels(source: str | Path) -> list[str] | None:
     """The classes that source was trained for, in order; None where nobody named them."""
-    names: dict[Any, str] = dict(load_config(source).id2label or {})
+    return _named(load_config(source))
+
+
+def _named(config: Any) -> list[str] | None:
+    names: dict[Any, str] = config.id2label or {}
     ordered = [str(names[key]) for key in sorted(names)]
     unnamed = ordered == [f"LABEL_{i}" for i in range(len(ordered))]
     return None if unnamed or not ordered else ordered

@@ -5,7 +5,7 @@ step's batches one by one, and their gradient grows with gradient accumulation (
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -88,7 +88,10 @@ def _need_all(counts: np.ndarray, names: list[str] | None, which: str = "of") ->
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """A loss of classes for the tokens of a language model, each predicted by those before it."""
+    """A loss of classes for the tokens of a language model, each predicted by those before it.
+
+    Smoothed in training steps alone: a perplexity is of the labels as they are.
+    """
 
     loss: ClassificationLoss
 
@@ -98,7 +101,8 @@ class NextTokenLoss:
         """outputs: with logits (rows, tokens, vocabulary); labels: (rows, tokens), not shifted."""
         # Prompt tuning puts the logits of its virtual tokens before those of the text.
         logits = outputs["logits"][:, -labels.shape[1] : -1]
-        return self.loss(logits, labels[:, 1:], num_items_in_batch)
+        loss = self.loss if torch.is_grad_enabled() else replace(self.loss, label_smoothing=0.0)
+        return loss(logits, labels[:, 1:], num_items_in_batch)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
     name = adapters.own_name(folder)
     effect = _apart(base, wanted)
     with _new_folder(config.output) as part:
+        _unwrap_heads(model)
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError) as error:
@@ -122,6 +123,19 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
         result = MergeResult(Path(config.output), {name: difference}, {name: effect})
         _write_metrics(part, config, result)
     return result
+
+
+def _unwrap_heads(model: ForeignModule) -> None:
+    """The trained heads in the place of PEFT's modules around them.
+
+    PEFT 0.21 does that for IA3 as if a head were one layer, with a weight of its own.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            head: ForeignModule = module
+            model.set_submodule(name, head.modules_to_save[head.active_adapter])
 
 
 def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:

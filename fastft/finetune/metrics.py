@@ -21,9 +21,10 @@ def classification(labels: Any, probabilities: Any, names: Sequence[str]) -> dic
         labels: (examples,) integers, positions in names.
         probabilities: (examples, classes), each row sums to 1.
         names: of the classes.
-    Returns: accuracy; {precision,recall,f1}_{macro,micro,weighted}; per_class: name -> precision,
-        recall, f1, support; confusion: rows are true, columns predicted classes; brier: the mean
-        of sum_c (p_c - y_c)^2, 0 to 2 (Brier 1950); ece: `calibration_error`.
+    Returns: accuracy; {precision,recall,f1}_{macro,micro,weighted}, of classes that are there or
+        predicted; per_class: name -> precision, recall, f1, support; confusion: rows are true,
+        columns predicted classes; brier: the mean of sum_c (p_c - y_c)^2, 0 to 2 (Brier 1950);
+        ece: `calibration_error`.
     Raises: UserError for no examples, labels outside names, and values that are not finite.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
@@ -139,8 +140,14 @@ def _averages(labels: Any, predicted: Any, classes: Sequence[int]) -> dict[str, 
     from sklearn.metrics import precision_recall_fscore_support as scores
 
     found = {}
+    # Of classes that are neither there nor predicted nothing can be said, as in scikit-learn.
+    labels, predicted, classes = np.asarray(labels), np.asarray(predicted), list(classes)
+    if labels.ndim > 1:
+        there = [c for c in classes if labels[:, c].any() or predicted[:, c].any()]
+    else:
+        there = sorted({*labels.tolist(), *predicted.tolist()})
     for average in AVERAGES:
-        options = {"labels": list(classes), "average": average, "zero_division": 0}
+        options = {"labels": there or classes, "average": average, "zero_division": 0}
         values = scores(labels, predicted, **options)
         for name, value in zip(("precision", "recall", "f1"), values, strict=False):
             found[f"{name}_{average}"] = float(value)

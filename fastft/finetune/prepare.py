@@ -261,11 +261,11 @@ def _deal(config: PrepareConfig, kept: Kept, given: bool, folder: Path) -> list[
         found = [str(place.split) for place in kept.places]
     else:
         strata = splitting.rarest(kept.labels)
-        firsts = [row for row, first in enumerate(kept.firsts) if first == row]
+        firsts = [row for row in range(len(kept)) if kept.first(row) == row]
         shares = {"validation": config.validation, "test": config.test}
         drawn = splitting.split([strata[row] for row in firsts], shares, config.seed)
         by_first = dict(zip(firsts, drawn, strict=True))
-        found = [by_first[first] for first in kept.firsts]
+        found = [by_first[kept.first(row)] for row in range(len(kept))]
     with ExitStack() as files, open(folder / "rows.jsonl", encoding="utf-8") as rows:
         names = sorted(set(found))
         outputs = {n: files.enter_context(_open(folder / f"{n}.jsonl")) for n in names}

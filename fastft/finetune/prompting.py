@@ -129,6 +129,10 @@ class Prompter:
 
     def ids(self, text: str) -> list[int]:
         """Its tokens, with those that begin a text, and none that end it."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("a prompt is not UTF-8, or holds half a character") from None
         # A chat template writes the tokens that begin a text itself.
         ids = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
         end = self.tokenizer.eos_token_id
@@ -256,15 +260,16 @@ def _compiled(source: str, name: str) -> Any:
 
 
 def _render(template: Any, name: str, row: Mapping[str, Any], **more: Any) -> str:
-    from jinja2 import TemplateError, UndefinedError
+    from jinja2 import UndefinedError
 
     try:
         out: str = template.render({**row, **more})
         return out
     except UndefinedError as error:
         raise UserError(f"{name}: {error}; a row has {', '.join(row)}") from None
-    except (TemplateError, TypeError, ValueError, ArithmeticError, OverflowError) as error:
-        raise UserError(f"{name}: {error}") from None
+    except Exception as error:  # a template calls methods of texts, which raise what they like
+        said = str(error) or type(error).__name__
+        raise UserError(f"{name}: {said}") from None
 
 
 def _asked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from fastft.finetune import tasks
+from fastft.finetune.data import IGNORED
 from fastft.finetune.run_folder import RunFolder, readable
 from fastft.foreign import ForeignModule
 
@@ -64,9 +65,24 @@ def build_trainer(
 
 
 class _Trainer(Trainer):
-    """A Trainer whose training steps may have more to their loss than what is evaluated."""
+    """A Trainer whose training steps may have more to their loss than what is evaluated.
+
+    The loss of an evaluation is a mean of its items (rows, tags, tokens), where Trainer's is one of
+    batches, however few tokens one has.
+    """
 
     added: Callable[..., Any] | None = None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> Any:
+        device = self.args.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, dtype=dtype, device=device)  # of loss times items, of items
+        more["metric_key_prefix"] = metric_key_prefix
+        found: Any = super().evaluation_loop(*args, **more)
+        total, items = self.accelerator.reduce(self._sums, "sum").tolist()
+        if items:
+            found.metrics[f"{metric_key_prefix}_loss"] = total / items
+        return found
 
     def compute_loss(
         self,
@@ -77,6 +93,11 @@ class _Trainer(Trainer):
     ) -> Any:
         given = dict(inputs)  # Trainer takes the labels out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not torch.is_grad_enabled():
+            items: Any = num_items_in_batch
+            if items is None:
+                items = (given["labels"] != IGNORED).sum()
+            self._sums += torch.stack([loss.detach().mean() * items, items]).to(self._sums)
         if self.added is not None and torch.is_grad_enabled():
             more = self.added(outputs, given, num_items_in_batch)
             # As Trainer does with the loss: gradients are averaged over the processes that share
@@ -99,7 +120,7 @@ def arguments(config: Any, validated: bool = True) -> TrainingArguments:
         chosen["fsdp"] = True
     if validated and (config.best or config.early_stopping):
         chosen |= {
-            "load_best_model_at_end": True,
+            "load_best_model_at_end": config.best,
             "metric_for_best_model": f"eval_{best}",
             "greater_is_better": best != "loss",
         }

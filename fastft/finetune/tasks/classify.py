@@ -19,15 +19,20 @@ def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> l
 
     Raises: UserError for rows without a label, and where there is nothing to tell apart.
     """
-    where = column(rows, config.label_column or LABEL)
-    found = {name for row in _labels(rows, where, config.multi_label) for name in row}
-    if not config.multi_label and len(found) < 2:
+    found = labels_in(rows, config)
+    if not config.multi_label and len(found) < 2 and not (known and config.continues):
         raise UserError(f"every row has the label {found.pop()!r}: there is nothing to tell apart")
     if not found:
-        raise UserError(f"no row has any label under {where!r}")
+        raise UserError(f"no row has any label under {config.label_column or LABEL!r}")
     if known is not None and found <= set(known):
         return list(known)
     return sorted(found, key=_order)
+
+
+def labels_in(rows: "Dataset", config: Any) -> set[str]:
+    """The classes in rows."""
+    where = column(rows, config.label_column or LABEL)
+    return {name for row in _labels(rows, where, config.multi_label) for name in row}
 
 
 def strata(rows: "Dataset", config: Any) -> list[str] | None:

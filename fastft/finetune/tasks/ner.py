@@ -17,16 +17,20 @@ BEST = "f1_micro"
 
 def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> list[str]:
     """The tags in rows, O first, in the order of known where that has them all."""
-    found = {
-        tag for tags in _tags(rows, column(rows, config.label_column or LABEL)) for tag in tags
-    }
-    if len(found) < 2:
+    found = labels_in(rows, config)
+    if len(found) < 2 and not (known and config.continues):
         raise UserError(
             f"every word has the tag {', '.join(found)!r}: there is nothing to tell apart"
         )
     if known is not None and found <= set(known):
         return list(known)
     return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2], tag))
+
+
+def labels_in(rows: "Dataset", config: Any) -> set[str]:
+    """The tags in rows."""
+    where = column(rows, config.label_column or LABEL)
+    return {tag for tags in _tags(rows, where) for tag in tags}
 
 
 def strata(rows: "Dataset", config: Any) -> None:
