@@ -18,11 +18,11 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench gpu tutorials wheel matrix cross lint sanitize clean
+.PHONY: help setup demo test bench bench-compare gpu tutorials wheel matrix cross lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS=… is passed on"
 
 setup: $(BUILT)  ## create .venv, install torch and fastft into it, compile the kernels
@@ -33,8 +33,12 @@ demo: $(BUILT)  ## fine-tune a real model with and without fastft, and compare
 test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
-	$(PY) -m pytest bench -s $(ARGS)
+bench: $(BUILT)  ## every benchmark against eager and its peers; rewrites the README's tables
+	$(PY) -m pytest $(if $(filter bench/%,$(ARGS)),,bench) -s --record $(ARGS)
+	$(PY) -m bench.report
+
+bench-compare:  ## fail where a ratio has fallen by more than 10% since the last commit
+	$(PY) -m bench.compare $(ARGS)
 
 tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without and with fastft
 	@for name in sentiment entities trainer; do for line in --eager ""; do \

@@ -92,7 +92,7 @@ def test_import_is_quick():
 def test_no_path_of_one_machine():
     homes = ["/" + name + "/" for name in ("home", "root", "Users", "work")]
     suffixes = (".py", ".cpp", ".h", ".md", ".toml", ".cu")
-    for folder in ("fastft", "csrc", "kernels", "tests", "bench", ".ci"):
+    for folder in ("fastft", "csrc", "kernels", "tests", "bench", "docs", ".ci"):
         for path in ROOT.glob(f"{folder}/**/*"):
             if path.is_file() and (path.suffix in suffixes or folder == ".ci"):
                 for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -24,6 +24,7 @@ EXPECTED = 0.6  # acceptance before anything is known, as if seen in CERTAINTY t
 CERTAINTY = 3.0
 SMOOTHING = 0.2  # weight of the newest measurement of a cost
 LASTING = 8  # measurements beyond which a cost gets no surer
+SURPRISE = 1.25  # by how much a width's first measurement may exceed what its neighbours tell
 SLOPE = 0.1  # before anything is known, what a token more costs, in tokens of the narrowest step
 REFRESH = 16  # rounds after which a step without drafts is measured again, by measurements so far
 STALE = 1024  # rounds after which the cost of a width is forgotten
@@ -50,6 +51,9 @@ class StepCost:
 
     def observe(self, tokens: int, seconds: float, now: int) -> None:
         old, measurements, _ = self._points.get(tokens, (0.0, 0, now))
+        if not measurements and self._points:
+            # A width that looks dear is not tried again: one slow step must not decide.
+            seconds = min(seconds, SURPRISE * self(tokens))
         new = _smoothed(old, measurements, seconds)
         self._points[tokens] = new, min(measurements + 1, LASTING), now
         for width in [w for w, p in self._points.items() if now - p[2] > STALE]:

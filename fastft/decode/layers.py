@@ -208,11 +208,12 @@ def _activation(module: nn.Module, what: str) -> str:
 
 
 def _named(module: nn.Module) -> set[str]:
-    """Names of the children that have parameters or children."""
+    """Names of the children that have parameters, numbers in their place, or children."""
     return {
         name
         for name, child in module._modules.items()
-        if child is not None and (child._parameters or child._modules)
+        if child is not None
+        and (child._parameters or child._modules or isinstance(child, Int8Linear))
     }
 
 

@@ -80,10 +80,8 @@ def _lora(
         ]
     ys, given = [], Input(x)
     for i, weight in enumerate(weights):
-        y = base_product(given, weight, weight_scales[i], biases[i], transposed[i])
-        if a[i].shape[0]:
-            low_rank_add_(y, xas[i], b[i].t(), None, 1.0, scales[i])
-        ys.append(y)
+        own = (weight, weight_scales[i], biases[i], transposed[i])
+        ys.append(base_product(given, *own, xas[i], b[i].t(), scales[i]))
     return ys, xas
 
 
