@@ -81,8 +81,9 @@ def run(command: Sequence[object], **options: object) -> subprocess.CompletedPro
 
 def interpreter(version: str) -> str:
     """A Python of this version, one that starts: a shim of a version manager may not."""
-    for candidate in (sys._base_executable, shutil.which(f"python{version}")):
-        told = "import sys; print('%d.%d' % sys.version_info[:2])"
+    kept = Path.home().glob(f".pyenv/versions/{version}*/bin/python")
+    told = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in (sys._base_executable, shutil.which(f"python{version}"), *kept):
         if candidate and run([candidate, "-c", told]).stdout.strip() == version:
             return str(candidate)
     raise Skip(f"no Python {version} here")
