@@ -45,10 +45,14 @@ def lora_onto(y: Tensor, x: Tensor, linear: LoraLinear) -> Tensor:
     """
     if linear.a is None:
         return y
-    if y.shape[:-1] != x.shape[:-1] or y.shape[-1] != linear.b.shape[0]:
+    if not x.is_floating_point() or x.dim() == 0:
+        raise TypeError(
+            f"x: expected a floating-point tensor (..., in), got {x.dtype} {tuple(x.shape)}"
+        )
+    if linear.b.dim() != 2:
+        raise ValueError(f"linear: expected b (out, rank), got {tuple(linear.b.shape)}")
+    if y.shape != (*x.shape[:-1], linear.b.shape[0]):
         raise ValueError(f"y: expected {(*x.shape[:-1], linear.b.shape[0])}, got {tuple(y.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     check_adapter("linear", linear, y.shape[-1], x.shape[-1])
     rows = rows_of(x)
     mask = dropout_mask(rows, linear.dropout)
