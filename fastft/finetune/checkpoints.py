@@ -41,7 +41,7 @@ def fit(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
 
 
 def mean_loss(log: list[dict]) -> float | None:
-    """The mean over all steps of a log; Trainer's own train_loss knows those since resuming alone."""
+    """The mean over all steps of a log; Trainer's own leaves out those before resuming."""
     total, before = 0.0, 0
     for entry in log:
         if "loss" in entry:

@@ -54,6 +54,14 @@ def lora_onto(y: Tensor, x: Tensor, linear: LoraLinear) -> Tensor:
     if y.shape != (*x.shape[:-1], linear.b.shape[0]):
         raise ValueError(f"y: expected {(*x.shape[:-1], linear.b.shape[0])}, got {tuple(y.shape)}")
     check_adapter("linear", linear, y.shape[-1], x.shape[-1])
+    dtypes = {y.dtype, x.dtype, linear.a.dtype, linear.b.dtype}
+    if torch.float64 in dtypes and len(dtypes) > 1:
+        raise TypeError(
+            f"y, x, a, b: expected float64 in all or none of them, got {y.dtype}, {x.dtype}, "
+            f"{linear.a.dtype}, {linear.b.dtype}"
+        )
+    if not y.is_floating_point():
+        raise TypeError(f"y: expected a floating-point tensor, got {y.dtype}")
     rows = rows_of(x)
     mask = dropout_mask(rows, linear.dropout)
     keep_scale = _Group.of((linear,)).keep_scales[0]

@@ -118,9 +118,7 @@ def rotary(draw: Draw) -> Call:
     dtype, batch, tokens = draw.choice(DTYPES), draw.size(4), draw.size(40)
     dim = 2 * draw.size(40, 1)
     turned = 2 * draw.randint(1, dim // 2)
-    heads = [
-        draw.tensor(batch, draw.size(5), tokens, dim, dtype=dtype).detach() for _ in range(2)
-    ]
+    heads = [draw.tensor(batch, draw.size(5), tokens, dim, dtype=dtype).detach() for _ in range(2)]
     axis = draw.choice([1, 2])
     heads = [x.transpose(1, 2) if axis == 2 else x for x in heads]
     held = angles(draw.choice([1, batch]), tokens, turned, dtype)
@@ -251,10 +249,15 @@ def head(draw: Draw) -> Call:
     leading = leading or [1]
     labels = _labels(draw, tuple(leading), vocab)
     options = _loss_options(draw, labels.numel()) | draw.options(logit_scale=[0.3])
-    x, weight = draw.tensor(*leading, hidden, dtype=dtype), draw.tensor(vocab, hidden, dtype=dtype, std=0.1)
+    x, weight = (
+        draw.tensor(*leading, hidden, dtype=dtype),
+        draw.tensor(vocab, hidden, dtype=dtype, std=0.1),
+    )
     bias = draw.maybe(vocab, dtype=dtype)
     low = [draw.tensor(3, hidden, std=0.2), draw.tensor(vocab, 3)]
-    low = [t.detach().to(dtype).requires_grad_() for t in low] if draw.random() < 0.5 else [None] * 2
+    low = (
+        [t.detach().to(dtype).requires_grad_() for t in low] if draw.random() < 0.5 else [None] * 2
+    )
     if draw.random() < 0.3:  # the other form takes less
         bias, low = None, [None] * 2
         options = {n: v for n, v in options.items() if n != "label_smoothing"}

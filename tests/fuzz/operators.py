@@ -71,7 +71,7 @@ def one(name: str, number: int, seed: int, again: int = 0) -> str:
     if kind < 0.25:
         return _spoiled(name, call, draw)
     if kind < 0.32:
-        return _special(call, draw)
+        return _special(name, call, draw)
     if kind < 0.45:
         call = _aliased(call, draw)
     assert_as_exact(call.ours, call.eager, call.args, FACTOR, ULPS)
@@ -112,10 +112,12 @@ def _aliased(call: Call, draw: Draw) -> Call:
     return Call(joined(call.ours), joined(call.eager), args)
 
 
-def _special(call: Call, draw: Draw) -> str:
+def _special(name: str, call: Call, draw: Draw) -> str:
     """NaN, infinity and numbers at the ends: no crash, forward and backward."""
     args = [
-        a.detach().clone(memory_format=torch.contiguous_format) if isinstance(a, torch.Tensor) else a
+        a.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(a, torch.Tensor)
+        else a
         for a in call.args
     ]
     floats = [i for i in _tensors(call) if args[i].is_floating_point() and args[i].numel()]
@@ -131,7 +133,10 @@ def _special(call: Call, draw: Draw) -> str:
     got, wanted = (_first(f(*args)) for f in (call.ours, call.eager))
     assert got.shape == wanted.shape
     if value != value:  # a NaN is not lost, and touches nothing else
-        assert torch.equal(got.isnan(), wanted.isnan()), f"NaN in {int(got.isnan().sum())} places"
+        seen = wanted.isnan()
+        # Eager multiplies the values of keys that are masked by 0; we do not read them.
+        seen = seen & got.isnan() if name in ("attention", "decode") else seen
+        assert torch.equal(got.isnan(), seen), f"NaN in {int(got.isnan().sum())} places"
     if got.requires_grad:
         got.float().sum().backward()
     return "special"

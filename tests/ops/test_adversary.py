@@ -250,6 +250,8 @@ def test_lora_names_what_does_not_fit():
         lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, a, b, 1.0, 2.0))
     with pytest.raises(ValueError, match=r"linear: expected b \(out, rank\)"):
         lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, a, torch.ones(())))
+    with pytest.raises(TypeError, match="expected float64 in all or none"):
+        lora_onto(torch.randn(4, 6), x.double(), LoraLinear(None, None, a, b))
     with pytest.raises(ValueError, match="y: expected"):
         lora_onto(torch.ones(()), x, LoraLinear(None, None, a, b))
     with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
