@@ -207,8 +207,9 @@ def readable(what: str) -> Iterator[None]:
         # safetensors' and torch's writers have exceptions of their own for a full disk; torch's
         # tells in the one before it that a write failed, and not why.
         said = f"{error} {error.__context__}"
-        if os.strerror(errno.ENOSPC) in said:
-            raise UserError(f"{what}: {os.strerror(errno.ENOSPC)}") from None
+        for full in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            if full in said:
+                raise UserError(f"{what}: {full}") from None
         if any(mark in said for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
             raise UserError(
                 f"{what}: a checkpoint could not be written; is the disk full?"

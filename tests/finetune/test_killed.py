@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from finetune import tiny
 from finetune.commands import Limits, run, start
 
 from fastft.finetune.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Random calls of every operator: what it computes, what eager PyTorch does, and arguments for both.
+"""Random calls of every operator: what it computes, what eager PyTorch does, and arguments.
 
 Sizes from nothing up, any strides, every dtype and option. One function per operator, named alike.
 """
