@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench bench-compare gpu tutorials wheel matrix cross lint sanitize clean
+.PHONY: help setup demo test bench bench-compare gpu tutorials wheel matrix cross lint sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -97,6 +97,12 @@ sanitize: $(BUILT)  ## run the operators' tests under the address and undefined-
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PY) -P -m pytest tests/ops -k "not compile" -p no:cacheprovider \
 	  -o pythonpath="tests $(SANITIZED)/lib" $(ARGS)
+
+fuzz: $(BUILT)  ## call the operators at random, with the kernels of make sanitize where it ran
+	@if [ -d $(SANITIZED)/lib ]; then \
+	  export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib; fi; \
+	  $(PY) -P tests/fuzz/operators.py $(ARGS)
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) .venv-wheel build dist *.egg-info fastft/*.so

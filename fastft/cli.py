@@ -3,7 +3,11 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import fastft
@@ -132,15 +136,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """What ends a job ends it as Ctrl-C does: checkpoints are kept and temporary files removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may listen
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments and arguments[0] in CONFIGURED:
-            return _configured(arguments[0], arguments[1:])
-        args = _parser().parse_args(arguments)
-        out: int = args.run(args)
-        return out
+        with _sigterm_as_interrupt():
+            if arguments and arguments[0] in CONFIGURED:
+                return _configured(arguments[0], arguments[1:])
+            args = _parser().parse_args(arguments)
+            out: int = args.run(args)
+            return out
     except BrokenPipeError:
         # Whoever read has had enough (`| head`); Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

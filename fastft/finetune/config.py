@@ -187,7 +187,12 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
-        raise UserError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}") from None
+        why = str(getattr(error, "problem", error)).splitlines()[0]
+        raise UserError(f"{path}: not YAML{line}: {why}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected lines of `key: value`") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise UserError(f"{path}: a value that YAML cannot read: {error}") from None
     if not isinstance(held, dict):
         raise UserError(f"{path}: expected lines of `key: value`")
     flags, known, hints = [], {f.name: f for f in fields(kind)}, get_type_hints(kind)

@@ -22,6 +22,7 @@ from fastft.finetune.config import Config, option
 from fastft.finetune.duplicates import Near
 from fastft.finetune.formats import Format
 from fastft.finetune.readers import Row
+from fastft.finetune.run_folder import PARTIAL, sync
 from fastft.finetune.sieve import Drop, Kept, Place, Rules, Sieve
 
 SHOWN = 200  # characters of a dropped text in dropped.jsonl
@@ -133,10 +134,11 @@ def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that becomes output when all went well, and disappears when not."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=output.parent) as aside:
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output.parent) as aside:
             folder = Path(aside) / output.name
             folder.mkdir()
             yield folder
+            sync(folder)
             os.rename(folder, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror or error}; nothing was written") from None

@@ -12,6 +12,7 @@ from fastft.finetune import (
     UserError,
     adapters,
     assets,
+    checkpoints,
     continual,
     examples,
     loading,
@@ -23,7 +24,7 @@ from fastft.finetune import (
     trainer,
 )
 from fastft.finetune.loss import NextTokenLoss
-from fastft.finetune.run_folder import RunFolder, processes, readable
+from fastft.finetune.run_folder import PARTIAL, RunFolder, processes, readable, sync
 from fastft.finetune.train import RunResult, TrainConfig
 from fastft.losses import ClassificationLoss
 
@@ -167,7 +168,7 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence[Any] = ()) ->
     main = trains.is_world_process_zero()
     if main:
         folder.write("patch.txt", f"{prepared.report or 'not patched: patch was off'}\n")
-    trainer.fit(trains, folder, config.resume)
+    checkpoints.fit(trains, folder, config.resume)
     seconds = time.perf_counter() - started
     held: list[str] = [split for split in ("validation", "test") if split in datasets]
     measured: dict[str, Any] = {
@@ -185,7 +186,7 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence[Any] = ()) ->
         "steps": trains.state.global_step,
         "epochs": trains.state.epoch,
         "best_step": trains.state.best_global_step,
-        "loss": next((e["train_loss"] for e in reversed(log) if "train_loss" in e), None),
+        "loss": checkpoints.mean_loss(log),
         "seconds": seconds,
         "parameters": {"trainable": trainable, "all": parameters},
         "peak_memory_bytes": memory_use.peak(),
@@ -218,11 +219,13 @@ def keep(trains: Any, prepared: Prepared, folder: RunFolder) -> Path:
         return kept
     if not trains.is_world_process_zero():
         return kept
-    with readable(str(folder.model)), tempfile.TemporaryDirectory(dir=folder.path) as part:
+    aside = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder.path)
+    with readable(str(folder.model)), aside as part:
         made = Path(part) / "model"
         loading.save(trains.model, prepared.tokenizer, made / (name or ""))
         for other, source in prepared.beside.items():
             adapters.copy(source, made / other)
+        sync(made)
         if folder.model.exists():  # of an end that was interrupted
             shutil.rmtree(folder.model)
         made.rename(folder.model)

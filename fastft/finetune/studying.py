@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -25,6 +26,7 @@ _REASON = "reason"  # of a trial that failed: not one that was interrupted
 def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
     """The study in a search's folder, where trials that were interrupted do not count."""
     with _quiet(), run_folder.readable(str(folder.path)):
+        _drop_half_a_line(folder.path / "study.journal")
         found = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder.path / "study.journal"))),
             study_name="search",
@@ -38,6 +40,13 @@ def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
         if config.sampler == "grid":
             _queue_grid(found, config)
     return found
+
+
+def _drop_half_a_line(journal: Path) -> None:
+    # optuna passes over it while it is the last, appends to it, and then cannot read the study.
+    if journal.is_file():
+        with open(journal, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _queue_grid(study: optuna.Study, config: SearchConfig) -> None:
@@ -60,6 +69,7 @@ def run(
 
     Raises: KeyboardInterrupt after Ctrl-C.
     """
+    _settle(study, config, folder)
     total = config.trials
     if config.sampler == "grid":
         total = min(total, math.prod(map(len, space.values())))
@@ -74,19 +84,17 @@ def run(
             score = _train(trial, config.train_config(output=output, **chosen))
         except optuna.TrialPruned:
             print(f"trial {trial.number}: pruned")
-            _end(study, trial, folder, state=TrialState.PRUNED)
+            _end(study, trial, state=TrialState.PRUNED)
         except UserError as error:
             assets.say(f"trial {trial.number}: {error}")
             trial.set_user_attr(_REASON, str(error))
-            _end(study, trial, folder, state=TrialState.FAIL)
+            _end(study, trial, state=TrialState.FAIL)
         except KeyboardInterrupt:
-            _end(study, trial, folder, state=TrialState.FAIL)
+            _end(study, trial, state=TrialState.FAIL)
             raise
         else:
-            _end(study, trial, folder, values=score)
-            if study.best_trial.number == trial.number:
-                best = settings(config, folder, trial)
-                folder.write("best.yaml", run_folder.yaml_of(best))
+            _end(study, trial, values=score)
+        _settle(study, config, folder)
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -163,14 +171,22 @@ def _train(trial: optuna.Trial, config: Any) -> float:
     return out
 
 
-def _end(study: optuna.Study, trial: optuna.Trial, folder: RunFolder, **told: Any) -> None:
+def _end(study: optuna.Study, trial: optuna.Trial, **told: Any) -> None:
     with _quiet():
         study.tell(trial, **told)
-    if "state" in told:
-        shutil.rmtree(trial_folder(folder, trial).checkpoints, ignore_errors=True)
-    for other in study.get_trials(deepcopy=False):
-        if other.state != TrialState.COMPLETE or other.number != study.best_trial.number:
-            shutil.rmtree(trial_folder(folder, other).model, ignore_errors=True)
+
+
+def _settle(study: optuna.Study, config: SearchConfig, folder: RunFolder) -> None:
+    """Leaves of the trials told so far what is kept; again after a kill, which may come before."""
+    trials = study.get_trials(deepcopy=False)
+    best = study.best_trial if any(t.state == TrialState.COMPLETE for t in trials) else None
+    for trial in trials:
+        own = trial_folder(folder, trial)
+        shutil.rmtree(own.checkpoints, ignore_errors=True)
+        if best is None or trial.number != best.number:
+            shutil.rmtree(own.model, ignore_errors=True)
+    if best is not None:
+        folder.write("best.yaml", run_folder.yaml_of(settings(config, folder, best)))
 
 
 def _shown(chosen: dict[str, Any]) -> str:

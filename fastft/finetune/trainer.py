@@ -1,10 +1,6 @@
 """The Trainer of a run: transformers' own, from our settings, with the task's collator and loss."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +9,12 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from fastft.finetune import tasks
 from fastft.finetune.data import IGNORED
-from fastft.finetune.run_folder import RunFolder, readable
+from fastft.finetune.run_folder import RunFolder
 from fastft.foreign import ForeignModule
 
 if TYPE_CHECKING:
@@ -143,7 +138,7 @@ def arguments(config: Any, validated: bool = True) -> TrainingArguments:
         save_strategy=every,
         eval_steps=config.evaluate_every,
         save_steps=config.evaluate_every or 500,
-        save_total_limit=1,  # with the best one kept beside it
+        save_total_limit=None,  # `checkpoints.Keeper` removes them
         logging_steps=config.logging_steps,
         report_to=config.report_to,
         seed=config.seed,
@@ -189,49 +184,6 @@ def measure(trainer: Trainer, dataset: "Dataset", config: Any) -> dict[str, Any]
     compute = task.metrics(class_names(trainer.model), config)
     out: dict[str, Any] = found | compute(seen.predictions, seen.label_ids)
     return out
-
-
-def fit(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
-    """Trains to the end, or to a Ctrl-C: then the step is finished and kept for --resume.
-
-    Several processes end at once instead, and go on from their last checkpoint.
-    Raises: KeyboardInterrupt after one; UserError for a full disk.
-    """
-    last = folder.last_checkpoint() if resume else None
-    watch = _Interrupted()
-    trainer.add_callback(watch)
-    listening = watch.listening() if trainer.args.world_size == 1 else nullcontext()
-    with readable(str(folder.path)), listening:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    trainer.remove_callback(watch)
-    if watch.asked:
-        raise KeyboardInterrupt
-
-
-class _Interrupted(TrainerCallback):
-    """Ctrl-C ends training at the step's end, with a checkpoint; a second one at once."""
-
-    asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may listen
-            return
-        before = signal.signal(signal.SIGINT, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
 
 
 def _seen(evaluation: Any) -> tuple[Any, ...]:

@@ -111,7 +111,8 @@ for _op in (_round_apart, _int8_columns):
 def _has_library(a: Tensor, out: int) -> bool:
     """Whether PyTorch's own integer product takes these sizes, and is the faster one."""
     if a.is_cpu:
-        return torch.cpu._is_vnni_supported() and a.numel() > 0 and out > 0
+        # One input is one row of strides (1, 1), which oneDNN takes for another layout: garbage.
+        return torch.cpu._is_vnni_supported() and len(a) > 0 and a.shape[1] > 1 and out > 0
     return a.is_cuda and a.numel() > 0 and not a.shape[1] % 8 and out > 0 and not out % 8
 
 

@@ -56,11 +56,23 @@ def lora_onto(y: Tensor, x: Tensor, linear: LoraLinear) -> Tensor:
     """
     if linear.a is None or linear.b is None:
         return y
-    if y.shape[:-1] != x.shape[:-1] or y.shape[-1] != linear.b.shape[0]:
+    if not x.is_floating_point() or x.dim() == 0:
+        raise TypeError(
+            f"x: expected a floating-point tensor (..., in), got {x.dtype} {tuple(x.shape)}"
+        )
+    if linear.b.dim() != 2:
+        raise ValueError(f"linear: expected b (out, rank), got {tuple(linear.b.shape)}")
+    if y.shape != (*x.shape[:-1], linear.b.shape[0]):
         raise ValueError(f"y: expected {(*x.shape[:-1], linear.b.shape[0])}, got {tuple(y.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     check_adapter("linear", linear, y.shape[-1], x.shape[-1])
+    dtypes = {y.dtype, x.dtype, linear.a.dtype, linear.b.dtype}
+    if torch.float64 in dtypes and len(dtypes) > 1:
+        raise TypeError(
+            f"y, x, a, b: expected float64 in all or none of them, got {y.dtype}, {x.dtype}, "
+            f"{linear.a.dtype}, {linear.b.dtype}"
+        )
+    if not y.is_floating_point():
+        raise TypeError(f"y: expected a floating-point tensor, got {y.dtype}")
     rows = rows_of(x)
     mask = dropout_mask(rows, linear.dropout)
     keep_scale = _Group.of((linear,)).keep_scales[0]

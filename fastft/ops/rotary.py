@@ -112,6 +112,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_axis: int) -> No
     for name, x in (("q", q), ("cos", cos), ("sin", sin)):
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.dtype is torch.float64 and q.dtype is not torch.float64:
+            raise TypeError(f"{name}: expected float32 or smaller for {q.dtype}, got {x.dtype}")
     if k.dtype != q.dtype:
         raise TypeError(f"k: expected {q.dtype} as q has, got {k.dtype}")
     q_shape, k_shape, shape = q.shape, k.shape, cos.shape

@@ -103,9 +103,9 @@ def test_a_long_text_is_the_same_in_blocks(monkeypatch):
     from fastft.finetune import duplicates
 
     text = " ".join(words(3000, 0))
-    whole = Duplicates(Near())._signature(text).hashvalues
+    whole = Duplicates(Near())._signature(text, Near().shingle).hashvalues
     monkeypatch.setattr(duplicates, "BLOCK", 7)
-    assert (Duplicates(Near())._signature(text).hashvalues == whole).all()
+    assert (Duplicates(Near())._signature(text, Near().shingle).hashvalues == whole).all()
 
 
 def test_what_repeats_a_duplicate_that_is_kept_shares_its_split(tmp_path):

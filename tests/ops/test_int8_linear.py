@@ -48,6 +48,14 @@ def exact(a, a_scale, b, b_scale, bias, transposed):
     return y if bias is None else y + bias.double()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_over_one_input_or_to_one_output(transposed):
+    """torch._int_mm gives garbage for a matrix whose strides are both 1."""
+    for sizes in ((9, 1, 75), (9, 75, 1), (1, 1, 3), (1, 3, 1), (1, 1, 1)):
+        args = product_inputs(*sizes, transposed)
+        torch.testing.assert_close(int8_product(*args).double(), exact(*args), rtol=1e-5, atol=1e-2)
+
+
 @given(
     st.integers(0, 140), st.integers(0, 100), st.integers(0, 80), st.booleans(), st.booleans()
 )  # fmt: skip
