@@ -214,7 +214,8 @@ def main() -> int:
     failures = run(asked.calls, asked.seed, asked.only, asked.first)
     for place, what in failures.items():
         print(f"--only {place.replace(' ', ' --first ')} --calls 1 --seed {asked.seed}\n{what}")
-    print(f"{asked.calls:,} calls, {len(failures)} failed")
+    made = run.kinds.total() + len(failures)  # fewer than asked for where too many failed
+    print(f"{made:,} of {asked.calls:,} calls, {len(failures)} failed")
     return bool(failures)
 
 
