@@ -26,7 +26,8 @@ double norm_error(int64_t rows, int64_t hidden, bool center) {
   double worst = 0;
   for (int64_t i = 0; i < rows; i++) {
     double middle = 0, square = 0;
-    for (int64_t j = 0; center && j < hidden; j++) middle += x[i * hidden + j] / double(hidden);
+    if (center)
+      for (int64_t j = 0; j < hidden; j++) middle += x[i * hidden + j] / double(hidden);
     for (int64_t j = 0; j < hidden; j++)
       square += std::pow(x[i * hidden + j] - middle, 2) / double(hidden);
     for (int64_t j = 0; j < hidden; j++) {
