@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from fastft.ops.cross_entropy import cross_entropy
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, undisturbed
+from fastft.patch.labels import IGNORED
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.packing import Selection, during, kept
 from fastft.patch.swap import is_hooked, original_forward, swap_of, switched_off
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,11 @@ def _labels_padding(module, labels: Tensor, arguments: dict) -> bool:
         return False
     if mask.shape != labels.shape:
         return False
-    found = bool(((labels != _IGNORED) & (mask == 0).to(labels.device)).any())
+    found = bool(((labels != IGNORED) & (mask == 0).to(labels.device)).any())
     if found:
         warnings.warn(
             "labels at padded places: they count in the loss, so fastft computes the padding too; "
-            f"{_IGNORED} as their label leaves them out, which is faster and usually what is meant",
+            f"{IGNORED} as their label leaves them out, which is faster and usually what is meant",
             stacklevel=3,
         )
     return found
@@ -136,7 +135,7 @@ def _over_items(output, labels: Tensor, num_items):
     """The mean over a batch's items turned into its share of the mean over num_items."""
     if num_items is None:
         return output
-    own = (labels != _IGNORED).sum()
+    own = (labels != IGNORED).sum()
     if isinstance(output, tuple):
         return (output[0] * (own / num_items), *output[1:])
     output.loss = output.loss * (own / num_items)
@@ -156,7 +155,7 @@ def _selects(module, labels: Tensor) -> bool:
 
 
 def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
-    chosen = (labels != _IGNORED).flatten().nonzero().flatten()
+    chosen = (labels != IGNORED).flatten().nonzero().flatten()
     selection, own = Selection(base_of(module), chosen), original_forward(module)
     with during(selection=selection):
         output = own(**arguments)
@@ -191,13 +190,14 @@ def recognise(module) -> Loss:
         raise Unlike("loss kept: it takes no labels")
     config = module.config
     before = {k: getattr(config, k, None) for k in ("problem_type", "pad_token_id")}
+    held = set(vars(config))
     try:
         if before["pad_token_id"] is None:
             config.pad_token_id = 0
         with undisturbed(), torch.no_grad(), padding.evaluating(module), switched_off(module):
             found = replace(_recognise(module), takes_cache="use_cache" in parameters)
         with undisturbed(), torch.no_grad(), padding.evaluating(module):
-            if swap_of(base_of(module)) is None or not _reads_padding(module):
+            if swap_of(base_of(module)) is None or not reads_padding(module):
                 return found
         told = f"{found.remark}; padding kept: it reads padded places"
         return replace(found, reads_padding=True, remark=told)
@@ -207,7 +207,9 @@ def recognise(module) -> Loss:
         raise Unlike(f"loss kept: {type(error).__name__}: {error}") from error
     finally:
         for name, value in before.items():
-            if hasattr(config, name):
+            if name not in held:
+                vars(config).pop(name, None)
+            elif hasattr(config, name):
                 setattr(config, name, value)
 
 
@@ -232,7 +234,7 @@ def _recognise(module) -> Loss:
     if classes > 1:
         labels = numbers(classes, *logits.shape[:-1])
         if per_token:
-            labels[0, 1:4] = _IGNORED
+            labels[0, 1:4] = IGNORED
         asked = getattr(config, "problem_type", None)
         if asked in (None, "single_label_classification"):
             loss = own(module, input_ids=ids, labels=labels).loss
@@ -251,7 +253,7 @@ def _recognise(module) -> Loss:
     return Loss(False)
 
 
-def _reads_padding(module) -> bool:
+def reads_padding(module) -> bool:
     """Whether the head's scores change where padding is left out."""
     weight = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(1)

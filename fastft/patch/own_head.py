@@ -1,0 +1,46 @@
+"""Heads that `patch` leaves alone, over a base model that leaves padding out: they run as they are,
+and the padding is computed wherever they may read it."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from fastft.patch import causal_lm, heads, padding
+from fastft.patch.confirm import undisturbed
+from fastft.patch.labels import count_padding
+from fastft.patch.packing import kept
+from fastft.patch.swap import original_forward, swap, swap_of
+
+
+def guard(module: nn.Module) -> None:
+    """Swaps the forward of a head that is not known."""
+    if not any(_leaves_padding_out(child) for child in module.modules()):
+        return
+    swap(module, "own_head", forward, not _works_by_place(module))
+
+
+def _leaves_padding_out(module: nn.Module) -> bool:
+    return swap_of(module) is not None and swap_of(module).operator == "padding"
+
+
+def _works_by_place(module: nn.Module) -> bool:
+    """Whether scores at real tokens read nothing of padded places."""
+    if causal_lm.is_candidate(module):
+        return True
+    if not type(module).forward.__module__.startswith("transformers."):
+        return True  # a head of the user's own, which is told to weigh by the mask
+    try:
+        with undisturbed(), torch.no_grad(), padding.evaluating(module):
+            return not heads.reads_padding(module)
+    except Exception:  # it asks for arguments we do not know
+        return False
+
+
+def forward(module: nn.Module, *args, **kwargs):
+    reads_padding = module._fastft_swap.options
+    if torch.compiler.is_compiling():
+        return original_forward(module)(*args, **kwargs)
+    keeps = reads_padding or count_padding(padding.bind(module, args, kwargs))
+    with kept() if keeps else nullcontext():
+        return original_forward(module)(*args, **kwargs)
