@@ -74,15 +74,17 @@ class ModuleStep:
 
     @torch.no_grad()
     def _confirm(self) -> None:
-        """Raises Unfit unless a ragged batch that is rolled back goes on as each row would alone;
-        asked once per model. A state beside the cache, or positions that are not taken from the
-        mask, show here."""
+        """Raises Unfit unless a ragged batch that is rolled back goes on as each row would alone.
+
+        Asked once per model. A state beside the cache shows here, and positions that do not follow
+        the mask.
+        """
         model = self.model
-        if _confirmed.get(model) == type(model):
+        parts = tuple(type(module) for module in model.modules())
+        if _confirmed.get(model) == parts:
             return
         generator = torch.Generator().manual_seed(0)
-        size = (2, 9)
-        ids = torch.randint(0, self.vocabulary, size, generator=generator)
+        ids = torch.randint(0, self.vocabulary, (2, 9), generator=generator)
         first, second = ids.tolist()
         try:
             cache = self.new_cache(2, 9)
@@ -100,7 +102,7 @@ class ModuleStep:
         limit = 1e-3 if next(model.parameters()).dtype is torch.float32 else 0.1
         if not gap <= limit:
             raise Unfit(f"its rows, padded and rolled back, differ from each alone (by {gap:.2g})")
-        _confirmed[model] = type(model)
+        _confirmed[model] = parts
 
     def new_cache(self, rows: int, capacity: int) -> ModuleCache:
         return ModuleCache(self.layers, rows, capacity, self.device)

@@ -278,7 +278,9 @@ class _Patcher:
         if before != attention.NAME and not attending:
             return []
         if before != attention.NAME and len(attending) < self.sharing[id(config)]:
-            self.report.leave(module, "attention kept: it is set together with another that is kept")
+            self.report.leave(
+                module, "attention kept: it is set together with another that is kept"
+            )
             return []
         if before not in ("sdpa", "eager", attention.NAME):
             self.report.leave(module, f"attention kept: {before} was asked for")

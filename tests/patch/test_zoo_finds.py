@@ -136,4 +136,3 @@ def test_a_model_that_takes_no_tokens_keeps_its_attention():
     )  # fmt: skip
     report = fastft.patch(transformers.ViTModel(config))
     assert report.count("attention") == 0 and "attention not tried" in reasons(report)
-

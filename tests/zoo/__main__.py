@@ -1,7 +1,7 @@
 """Takes every architecture through its journey and writes docs/architectures.md.
 
-    python -m tests.zoo                      # all, some minutes
-    python -m tests.zoo --only llama gpt2    # prints those, writes nothing
+python -m tests.zoo                      # all, some minutes
+python -m tests.zoo --only llama gpt2    # prints those, writes nothing
 """
 
 import argparse
@@ -26,14 +26,14 @@ SHOWN = (
 _HEAD = """\
 # Architectures
 
-Every architecture of transformers {transformers} that has a class for causal language modelling, for
-sequence or for token classification, built tiny with random weights, and what `fastft.patch` did to
-it. Each went the same way: loss, logits and gradients of a step without padding, with right and
-with left padding, compared with the model before (float32, relative difference at most 1e-3);
+Every architecture of transformers {transformers} that has a class for causal language modelling,
+for sequence or for token classification, built tiny with random weights, and what `fastft.patch`
+did to it. Each went the same way: loss, logits and gradients of a step without padding, with right
+and with left padding, compared with the model before (float32, relative difference at most 1e-3);
 `fastft.verify`; for causal models greedy decoding by `fastft.generate`, alone and with
 `"prompt_lookup"`, and by the patched model's own `generate`, token by token; `unpatch`, after which
-losses and logits have their first bits again. Written by `python -m tests.zoo`; the numbers count
-the modules that run an operator.
+loss and logits have their first bits again. Written by `python -m tests.zoo`; the numbers count the
+modules that run an operator.
 
 {summary}
 

@@ -1,7 +1,7 @@
 """Every architecture of the installed transformers: whatever is swapped in it must be right.
 
-    pytest tests/zoo -m slow        # all of them, some minutes
-    python -m tests.zoo             # the same, and writes docs/architectures.md
+pytest tests/zoo -m slow        # all of them, some minutes
+python -m tests.zoo             # the same, and writes docs/architectures.md
 """
 
 import pytest
@@ -21,9 +21,7 @@ def _marks(case):
     return [] if case.name in QUICK else [pytest.mark.slow]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=_marks(c)) for c in cases()]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=_marks(c)) for c in cases()])
 def test_patched_is_the_same(case):
     if case.skipped:
         pytest.skip(case.skipped)

@@ -141,12 +141,16 @@ class Case:
         return SKIPPED.get(self.name, SKIPPED.get(self.model_type))
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The model in evaluation mode, no dropout; weights large enough for attention to matter."""
+        """The model in evaluation mode, without dropout."""
         config = tiny_config(configuration_auto.CONFIG_MAPPING[self.model_type], self.model_type)
         cls = getattr(transformers, self.class_name)
         if cls.config_class is not type(config):  # as the auto classes do
             config = config.get_text_config(decoder=True)
-        if self.head == "causal" and not config.is_encoder_decoder and hasattr(config, "is_decoder"):
+        if (
+            self.head == "causal"
+            and not config.is_encoder_decoder
+            and hasattr(config, "is_decoder")
+        ):
             config.is_decoder = True
         config.num_labels = CLASSES
         torch.manual_seed(seed)
@@ -223,8 +227,5 @@ def fill(model: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 1 and name in ("weight", "bias"):
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.dim() >= 2 and (
-                isinstance(module, _WEIGHTED)
-                or name.endswith("_proj")
-            ):
+            elif parameter.dim() >= 2 and (isinstance(module, _WEIGHTED) or name.endswith("_proj")):
                 parameter.data.normal_(0, 0.15)
