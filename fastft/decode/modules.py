@@ -42,6 +42,9 @@ class ModuleCache:
             self.slots.crop(used)
 
 
+# Other names of what `sliding_window` is; too wide for the few tokens of a trial.
+_WINDOWS = ("window_size", "attention_window_size", "attention_chunk_size")
+
 _confirmed: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -62,6 +65,8 @@ class ModuleStep:
             getattr(config, "layer_types", None) or ["sliding_attention"]
         ) != {"full_attention"}:
             raise Unfit("a sliding window, in which masked slots would count")
+        if any(getattr(config, name, None) for name in _WINDOWS):
+            raise Unfit("attention to parts of a row, in which masked slots would count")
         self.model, self.device = model, model.device
         self.layers = config.num_hidden_layers
         self.takes_positions = "position_ids" in taken

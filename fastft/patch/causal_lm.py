@@ -183,7 +183,9 @@ class _Stub(nn.Module):
 
 def recognise(module) -> CausalLm:
     """Tries the class's forward on large random hidden states with a small head; Unlike if none."""
-    config = module.config
+    config = module.config.get_text_config(decoder=True)  # of one with images, that of its decoder
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise Unlike("head and loss kept: its configuration names no vocabulary")
     caps = {None, getattr(config, "final_logit_softcapping", None)}
     scales = {1.0}
     for value in (getattr(module, "logit_scale", None), getattr(config, "logit_scale", None)):

@@ -147,7 +147,7 @@ class _Patcher:
                 )
             elif heads.is_candidate(module):
                 self.try_swap(module, "cross_entropy", heads, heads.served_by)
-            else:
+            elif not own_head.is_candidate(module):
                 continue
             if swap_of(module) is None and _untouchable(module) is None:
                 own_head.guard(module)

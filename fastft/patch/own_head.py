@@ -1,6 +1,8 @@
 """Heads that `patch` leaves alone, over a base model that leaves padding out: they run as they are,
 and the padding is computed wherever they may read it."""
 
+import inspect
+import sys
 from contextlib import nullcontext
 
 import torch
@@ -11,6 +13,14 @@ from fastft.patch.confirm import undisturbed
 from fastft.patch.labels import count_padding
 from fastft.patch.packing import kept
 from fastft.patch.swap import original_forward, swap, swap_of
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """A model of transformers with a loss, which names no base model."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return False
+    return "labels" in inspect.signature(type(module).forward).parameters
 
 
 def guard(module: nn.Module) -> None:

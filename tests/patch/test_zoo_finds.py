@@ -27,7 +27,7 @@ def reasons(report) -> str:
     return "\n".join(entry.reason for entry in report.left)
 
 
-@pytest.mark.parametrize("name", ["bert-causal", "hunyuan_v1_moe-causal", "afmoe-causal"])
+@pytest.mark.parametrize("name", ["bert-causal", "hunyuan_v1_moe-causal", "fuyu-causal"])
 def test_first_token_predicted_from_left_padding_under_a_head_that_is_kept(name):
     """The padded place in front of a row predicts its first token, and that counts in the loss."""
     case, model = CASES[name], CASES[name].build()
@@ -102,8 +102,8 @@ def test_modules_called_with_more_than_was_confirmed():
     journey(CASES["zamba2-causal"])
 
 
-@pytest.mark.parametrize("name", ["mbart-causal", "mvp-causal"])
-def test_prompt_lookup_where_positions_do_not_follow_the_mask(name):
+@pytest.mark.parametrize("name", ["mbart-causal", "mvp-causal", "gpt_neo-causal"])
+def test_prompt_lookup_where_rows_depend_on_the_padding(name):
     """Drafts run a ragged batch through the model's modules, which must be confirmed."""
     case, model = CASES[name], CASES[name].build()
     prompts = {k: v for k, v in case.batch("left").items() if k != "labels"}
@@ -136,3 +136,9 @@ def test_a_model_that_takes_no_tokens_keeps_its_attention():
     )  # fmt: skip
     report = fastft.patch(transformers.ViTModel(config))
     assert report.count("attention") == 0 and "attention not tried" in reasons(report)
+
+
+def test_a_model_whose_configuration_holds_those_of_its_parts():
+    """`patch` raised AttributeError: Gemma 3 with images names its vocabulary in `text_config`."""
+    _, report = built("gemma3-causal")
+    assert report.count("attention") == 4
