@@ -109,7 +109,7 @@ def _keeps_all(logits_to_keep) -> bool:
 
 def _forward(module, head: Head, arguments: dict):
     options, base = module._fastft_swap.options, _base(module)
-    arguments = dict(arguments)
+    given, arguments = arguments, dict(arguments)
     labels = arguments.pop("labels")
     arguments.pop("logits_to_keep", None)
     num_items = arguments.pop("num_items_in_batch", None)
@@ -121,6 +121,8 @@ def _forward(module, head: Head, arguments: dict):
         packing = padding.packing_for(base, arguments, keeps_cache=False)
     if packing is not None and _predicts_from_padding(packing, predicted, ignore_index):
         packing, run = None, packings.kept()
+    elif packing is None and count_padding(given):  # a model inside the base may leave its own out
+        run = packings.kept()
     if packing is not None:
         outputs = base(**padding.pack_arguments(packing, arguments))
         hidden, kept = outputs[0][0], predicted.flatten()[packing.places.to(predicted.device)]
