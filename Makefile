@@ -18,11 +18,11 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* kernels/cuda/*.*)
 
-.PHONY: help setup demo test bench gpu tutorials lint sanitize clean
+.PHONY: help setup demo test bench bench-compare gpu tutorials wheel matrix cross lint sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  ARGS=… is passed on"
 
 setup: $(BUILT)  ## create .venv, install torch and fastft into it, compile the kernels
@@ -33,8 +33,12 @@ demo: $(BUILT)  ## fine-tune a real model with and without fastft, and compare
 test: $(BUILT)  ## run the tests (the long ones: ARGS="-m slow")
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-bench: $(BUILT)  ## run the benchmarks, every one against eager and its peers
-	$(PY) -m pytest bench -s $(ARGS)
+bench: $(BUILT)  ## every benchmark against eager and its peers; rewrites the README's tables
+	$(PY) -m pytest $(if $(filter bench/%,$(ARGS)),,bench) -s --record $(ARGS)
+	$(PY) -m bench.report
+
+bench-compare:  ## fail where a ratio has fallen by more than 10% since the last commit
+	$(PY) -m bench.compare $(ARGS)
 
 tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without and with fastft
 	@for name in sentiment entities trainer; do for line in --eager ""; do \
@@ -44,9 +48,23 @@ tutorials: $(BUILT)  ## fine-tune MiniLM on real reviews and entities, without a
 gpu:  ## build, prove and measure everything on a GPU, with the CUDA torch that PYTHON has
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-lint: $(BUILT)  ## check the style
+# With CUDA C++ where nvcc is, for all usual architectures; TORCH_CUDA_ARCH_LIST= leaves it out. The
+# extension loads on a torch without CUDA all the same, and on every torch from 2.11 on.
+WHEEL_CUDA = $(or $(TORCH_CUDA_ARCH_LIST),$(if $(filter undefined,$(origin TORCH_CUDA_ARCH_LIST)),$(if $(NVCC),usual)))
+wheel: $(BUILT)  ## build a wheel into dist/, for this Python and every torch from 2.11 on
+	TORCH_CUDA_ARCH_LIST="$(WHEEL_CUDA)" \
+	  $(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+matrix:  ## install the wheel of dist/ under other versions of Python, torch and the libraries
+	$(PYTHON) tests/matrix.py $(ARGS)
+
+cross: $(BUILT)  ## compile the sources for arm64 and for AVX2 alone, and try the kernels
+	$(PY) tests/cross.py $(ARGS)
+
+lint: $(BUILT)  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
@@ -79,6 +97,12 @@ sanitize: $(BUILT)  ## run the operators' tests under the address and undefined-
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PY) -P -m pytest tests/ops -k "not compile" -p no:cacheprovider \
 	  -o pythonpath="tests $(SANITIZED)/lib" $(ARGS)
+
+fuzz: $(BUILT)  ## call the operators at random, with the kernels of make sanitize where it ran
+	@if [ -d $(SANITIZED)/lib ]; then \
+	  export LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib; fi; \
+	  $(PY) -P tests/fuzz/operators.py $(ARGS)
 
 clean:  ## remove what was built and installed here
 	rm -rf $(VENV) .venv-wheel build dist *.egg-info fastft/*.so

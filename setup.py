@@ -4,9 +4,10 @@ csrc/*.cpp speak PyTorch's stable ABI, so one binary serves every torch from 2.1
 are torch-free and compiled once per instruction set. Without a compiler the package installs
 pure-Python, and `fastft doctor` says so. CXX, CFLAGS, CXXFLAGS and LDFLAGS are honoured.
 
-Where torch is a CUDA build, or TORCH_CUDA_ARCH_LIST names architectures ("8.0;9.0+PTX"), nvcc adds
-kernels/cuda/*.cu, torch-free too, and csrc/cuda/*.cpp binds them. The extension still loads on a
-torch without CUDA: the runtime is linked in, and PyTorch's CUDA library is found when it is there.
+Where torch is a CUDA build, or TORCH_CUDA_ARCH_LIST names architectures ("8.0;9.0+PTX", or "usual"
+for all of CUDA_ARCHITECTURES that nvcc knows), nvcc adds kernels/cuda/*.cu, torch-free too, and
+csrc/cuda/*.cpp binds them. The extension still loads on a torch without CUDA: the runtime is linked
+in, and PyTorch's CUDA library is found when it is there.
 """
 
 import os
@@ -74,6 +75,8 @@ def note(text: str) -> None:
 def cuda_architectures(torch, nvcc: str | None) -> list[str]:
     """As TORCH_CUDA_ARCH_LIST says; else, for a CUDA torch, this machine's GPUs, else all usual."""
     asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
+    if asked == ["usual"]:
+        return usual_architectures(nvcc)
     if asked != [""]:
         for name in asked:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):

@@ -60,7 +60,7 @@ def bench_attention(versus, name, dtype):
     # 2 products forward and 5 backward, each of 2 operations per pair and column.
     pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
     versus(
-        f"{name} {str(dtype)[6:]}",
+        f"attention, {name}, {str(dtype)[6:]}",
         sides,
         at_least=aim if dtype is torch.float32 else None,
         floor=14 * pairs * heads * dim / FLOPS if dtype is torch.float32 else None,

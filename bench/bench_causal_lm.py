@@ -86,7 +86,7 @@ def bench_unpadded_step(versus, models):
     _, eager, patched = models
     ids = torch.randint(0, eager.config.vocab_size, (4, 128))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    run(versus, "SmolLM2 LoRA step, 4x128, all labelled", eager, patched, [batch], 1.35)
+    run(versus, "SmolLM2-135M LoRA r8 step, 4x128, all labelled", eager, patched, [batch], 1.35)
 
 
 def bench_instruction_steps(versus, models):
@@ -95,4 +95,6 @@ def bench_instruction_steps(versus, models):
     real = sum(int(b["attention_mask"].sum()) for b in batches)
     print(f"{BATCHES} batches: {real} real tokens of {sum(b['labels'].numel() for b in batches)},")
     print(f"{sum(int((b['labels'] != data.IGNORED).sum()) for b in batches)} labelled")
-    run(versus, f"SmolLM2 LoRA, {BATCHES} alpaca batches of 8", eager, patched, batches, 2.0)
+    run(
+        versus, f"SmolLM2-135M LoRA r8, {BATCHES} alpaca batches of 8", eager, patched, batches, 2.0
+    )

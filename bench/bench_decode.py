@@ -5,10 +5,9 @@ same work; the drafts' benches decode as a user would, to the end of the answer.
 time in which memory gives the weights that a token needs, at the rate at which a sum reads it.
 """
 
+import contextlib
 import statistics
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastft
 from bench.conftest import THREADS
 from bench.decode_prompts import OPEN, REWRITING, chat
+from bench.gpu.case import Skip
+from bench.gpu.peers import installed
 from bench.llama_cpp import Peer, gguf_of
 from fastft.finetune import assets
 
@@ -94,50 +95,50 @@ def prompt(tokenizer, text=OPEN[0]):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def llama_cpp(folder, kind, ids, sides):
-    """Adds llama.cpp to the sides where it is installed; gives back what must be closed."""
-    try:
-        import llama_cpp  # noqa: F401
-    except ModuleNotFoundError:
-        print("\nskipped the peer llama.cpp: llama-cpp-python is not installed")
-        return None
-    where = Path(tempfile.mkdtemp())
-    peer = Peer(gguf_of(folder, kind, where / f"{kind}.gguf"), THREADS)
-    sides[f"llama.cpp {kind}"] = lambda: peer.generate(ids, NEW)
-    return peer
+@pytest.fixture
+def llama_cpp(folder, tmp_path):
+    """llama_cpp(kind, ids): llama.cpp as a side, until the bench ends."""
+
+    def make(kind, ids):
+        if not installed("llama-cpp-python"):
+            raise Skip("llama-cpp-python is not installed")
+        peer = Peer(gguf_of(folder, kind, tmp_path / f"{kind}.gguf"), THREADS)
+        opened.callback(peer.close)
+        return lambda: peer.generate(ids[0].tolist(), NEW)
+
+    with contextlib.ExitStack() as opened:
+        yield make
 
 
 @pytest.mark.parametrize(
     "weights, kind, aim", [(None, "F32", 2.5), ("int8", "Q8_0", 6), ("int4", "Q4_0", 7)]
 )
-def bench_one_row(versus, folder, tokenizer, weights, kind, aim):
+def bench_one_row(versus, folder, tokenizer, llama_cpp, weights, kind, aim):
     eager, model, inputs = load(folder), load(folder), prompt(tokenizer)
     if weights is not None:
         fastft.patch(model, decode_weights=weights)
-    sides = {"eager": theirs(eager, **inputs), "fastft": ours(model, **inputs)}
-    peer = llama_cpp(folder, kind, inputs["input_ids"][0].tolist(), sides)
     versus(
         f"greedy, 1 row, {weights or 'float32'}",
-        sides,
+        {"eager": theirs(eager, **inputs), "fastft": ours(model, **inputs)},
+        peers={f"llama.cpp {kind}": lambda: llama_cpp(kind, inputs["input_ids"])},
         at_least=aim,
         floor=NEW * weight_bytes(model) / read_bandwidth(),
         check=same_tokens if weights is None else None,
         rounds=ROUNDS,
     )
-    if peer is not None:
-        peer.close()
 
 
-def bench_half(versus, folder, tokenizer):
+def bench_half(versus, folder, tokenizer, llama_cpp):
     """bfloat16 weights against llama.cpp's F16; float32 eager, which is the faster one here."""
     eager, inputs = load(folder), prompt(tokenizer)
     model = load(folder, dtype=torch.bfloat16)
-    sides = {"eager": theirs(eager, **inputs), "fastft": ours(model, **inputs)}
-    peer = llama_cpp(folder, "F16", inputs["input_ids"][0].tolist(), sides)
-    floor = NEW * weight_bytes(model) / read_bandwidth()
-    versus("greedy, 1 row, bfloat16", sides, floor=floor, rounds=ROUNDS)
-    if peer is not None:
-        peer.close()
+    versus(
+        "greedy, 1 row, bfloat16",
+        {"eager": theirs(eager, **inputs), "fastft": ours(model, **inputs)},
+        peers={"llama.cpp F16": lambda: llama_cpp("F16", inputs["input_ids"])},
+        floor=NEW * weight_bytes(model) / read_bandwidth(),
+        rounds=ROUNDS,
+    )
 
 
 def bench_adapter(versus, folder, tokenizer):
@@ -169,7 +170,7 @@ def bench_batch(versus, folder, tokenizer):
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("kind, aim", [("rewriting", 1.6), ("open", 0.97)])
-def bench_prompt_lookup(versus, folder, tokenizer, kind, rows, aim):
+def bench_prompt_lookup(versus, told, folder, tokenizer, kind, rows, aim):
     """Each prompt, or group of rows, alternating; the aim is of the median (least, if open)."""
     model = load(folder, endless=False)
     prompts = [chat(tokenizer, text) for text in (REWRITING if kind == "rewriting" else OPEN)]
@@ -211,8 +212,7 @@ def bench_prompt_lookup(versus, folder, tokenizer, kind, rows, aim):
         )
         for i in range(len(batches))
     ]
-    told = statistics.median(ratios) if kind == "rewriting" else min(ratios)
-    print(
-        f"\nprompt lookup, {kind}, {rows} rows: {' '.join(f'{r:.2f}' for r in ratios)}; "
-        f"{'median' if kind == 'rewriting' else 'least'} {told:.2f}, aim {aim}"
-    )
+    print(f"\nprompt lookup, {kind}, {rows} rows: {' '.join(f'{r:.2f}' for r in ratios)}")
+    which, ratio = ("median", statistics.median) if kind == "rewriting" else ("least", min)
+    work = f"prompt lookup, {kind}, {rows} rows, the {which}"
+    told(work, "without drafts", ratio(ratios), aim)

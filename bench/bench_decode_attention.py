@@ -38,8 +38,9 @@ def bench_decode_attention(versus, name, context, batch, queries, dtype):
 
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     nbytes = 2 * batch * kv_heads * context * dim * key.element_size()
+    sizes = f"heads {name}, {context} slots, {batch}x{queries} tokens"
     versus(
-        f"{name} context {context} batch {batch} queries {queries} {str(dtype)[6:]}",
+        f"decode attention, {sizes}, {str(dtype)[6:]}",
         {"eager": eager, "fastft": lambda: decode_attention(query, key, value, lengths)},
         at_least=1.0,
         floor=max(nbytes / BANDWIDTH, 4 * queries * batch * heads * dim * context / FLOPS),

@@ -67,7 +67,7 @@ def bench_quantized_linear(versus, layout, rows, inputs, outputs):
     x = torch.randn(rows, inputs)
     with torch.no_grad():
         versus(
-            f"{layout} {rows}x{inputs}->{outputs}, {len(plain)} calls",
+            f"linear {layout}, {rows}x{inputs}->{outputs}, {len(plain)} calls",
             {
                 "eager": lambda: [linear(x, weight) for weight in plain],
                 "fastft": lambda: [quantized_linear(x, weight) for weight in stored],
@@ -94,7 +94,7 @@ def bench_with_adapter(versus, layout, rows):
 
     with torch.no_grad():
         versus(
-            f"{layout} + LoRA r{RANK} {rows}x{inputs}->{outputs}, {len(plain)} calls",
+            f"linear {layout} and LoRA r{RANK}, {rows}x{inputs}->{outputs}, {len(plain)} calls",
             {
                 "eager": lambda: [eager(weight) for weight in plain],
                 "fastft": lambda: [quantized_linear(x, weight, None, lora) for weight in stored],

@@ -3,6 +3,8 @@
 The sides alternate in one process (A B A B …) with fixed threads, their results are compared first,
 and what is told is the median of the per-round ratios. Peak memory is the growth of the resident
 set. The closing table shows time, memory, the floor where one is counted, and what is aimed at.
+`--record` keeps the ratios (bench/ratios.py), `--smoke` runs each side once or twice, to see that
+everything works.
 """
 
 import gc
@@ -11,23 +13,33 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
+from bench import ratios
+from bench.gpu.case import Skip
+
 THREADS = 2
+OURS = "fastft"
 
 
 @dataclass
 class Row:
-    """One line of the table: a side's median seconds, its ratio to fastft, its extra memory."""
+    """One line of the table: a side's median seconds, its ratio to fastft, its extra memory.
+
+    at: title, axis and place, of a work that is one point of a plot.
+    """
 
     work: str
     side: str
-    seconds: float
-    ratio: float | None
-    memory: int | None
+    seconds: float | None = None
+    ratio: float | None = None
+    memory: int | None = None
+    aim: float | None = None
     note: str = ""
+    at: tuple[str, str, int] | None = None
 
 
 @dataclass
@@ -35,21 +47,63 @@ class Table:
     rows: list[Row] = field(default_factory=list)
 
     def print(self, write: Callable[[str], None]) -> None:
-        widths = (44, 22, 11, 8, 10)
-        heads = ("work", "side", "median", "ratio", "memory", "note")
-        write("".join(h.ljust(w) for h, w in zip(heads, (*widths, 0), strict=True)))
+        lines = [("work", "side", "median", "ratio", "memory", "note")]
         for row in self.rows:
-            cells = (
+            aim = [] if row.aim is None else [f"aim {row.aim}"]
+            lines.append(
+                (
+                    row.work,
+                    row.side,
+                    "" if row.seconds is None else f"{row.seconds * 1e3:.2f} ms",
+                    "" if row.ratio is None else f"{row.ratio:.2f}",
+                    "" if row.memory is None else f"{row.memory / 2**20:.1f} MiB",
+                    ", ".join([*aim, *filter(None, [row.note])]),
+                )
+            )
+        widths = [max(len(line[i]) for line in lines) + 2 for i in range(6)]
+        for line in lines:
+            write("".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
+
+    def ratios(self) -> list[ratios.Row]:
+        """Of every side but fastft, without times."""
+        ours = {row.work: row.memory for row in self.rows if row.side == OURS}
+        return [
+            ratios.Row(
                 row.work,
                 row.side,
-                f"{row.seconds * 1e3:.2f} ms",
-                "" if row.ratio is None else f"{row.ratio:.2f}",
-                "" if row.memory is None else f"{row.memory / 2**20:.1f} MiB",
+                round(row.ratio, 2),
+                row.aim,
+                None
+                if row.memory is None
+                else (round(row.memory / 2**20, 1), round(ours[row.work] / 2**20, 1)),
+                row.at,
             )
-            write("".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + row.note)
+            for row in self.rows
+            if row.ratio is not None
+        ]
 
 
 TABLE = Table()
+RECORDED = pytest.StashKey[Path]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="keep the ratios in bench/results")
+    parser.addoption(
+        "--machine", help="name of their file, for a kind of processor not seen before"
+    )
+    parser.addoption("--smoke", action="store_true", help="one round of everything, no measuring")
+
+
+def pytest_configure(config):
+    if config.getoption("record") and config.getoption("smoke"):
+        raise pytest.UsageError("--smoke measures nothing, so --record would keep nothing true")
+    if config.getoption("record"):
+        try:
+            machine = config.getoption("machine") or ratios.machine()
+        except ValueError as error:
+            raise pytest.UsageError(f"{error} by --machine") from None
+        config.stash[RECORDED] = ratios.path_of(machine)
 
 
 @pytest.fixture(autouse=True)
@@ -79,23 +133,43 @@ def peak_memory(function: Callable) -> int:
 
 
 @pytest.fixture
+def told():
+    """told(work, side, ratio, aim): a ratio that the bench has counted from times of its own."""
+
+    def tell(work: str, side: str, ratio: float, aim: float | None = None) -> None:
+        TABLE.rows.append(Row(work, side, ratio=ratio, aim=aim))
+
+    return tell
+
+
+@pytest.fixture
 def versus(benchmark, request):
-    """versus(work, sides, at_least=, floor=, memory=, rounds=): times the sides, fills the table.
+    """versus(work, sides, peers=, at_least=, …): times the sides, fills the table.
 
     sides: name -> function, "fastft" among them; the others' median time over fastft's is their
-    ratio. check(results) gates the timing. floor is in seconds, counted by the caller.
+    ratio. peers: name -> function that makes another side, or raises Skip where it is missing.
+    check(results) gates the timing. floor is in seconds, counted by the caller. at: where in a plot
+    of memory this work belongs (title, axis, place).
     """
 
     def run(
         work: str,
         sides: dict[str, Callable],
         *,
+        peers: dict[str, Callable[[], Callable]] | None = None,
         at_least: float | None = None,
         floor: float | None = None,
         check: Callable[[dict], None] | None = None,
         memory: bool = False,
         rounds: int = 9,
+        at: tuple[str, str, int] | None = None,
     ) -> dict[str, float]:
+        sides, skipped = dict(sides), {}
+        for name, make in (peers or {}).items():
+            try:
+                sides[name] = make()
+            except Skip as reason:
+                skipped[name] = str(reason)
         results = {name: function() for name, function in sides.items()}
         if check is not None:
             check(results)
@@ -105,48 +179,47 @@ def versus(benchmark, request):
 
         def others():
             for name, function in sides.items():
-                if name != "fastft":
+                if name != OURS:
                     start = time.perf_counter()
                     function()
                     times[name].append(time.perf_counter() - start)
 
         def ours():
             start = time.perf_counter()
-            sides["fastft"]()
-            times["fastft"].append(time.perf_counter() - start)
+            sides[OURS]()
+            times[OURS].append(time.perf_counter() - start)
 
         benchmark.group = work
+        rounds = 1 if request.config.getoption("smoke") else rounds
         benchmark.pedantic(ours, setup=others, rounds=rounds, iterations=1)
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(taken, times["fastft"], strict=True))
+        found = {
+            name: statistics.median(a / b for a, b in zip(taken, times[OURS], strict=True))
             for name, taken in times.items()
-            if name != "fastft"
+            if name != OURS
         }
-        benchmark.extra_info["ratios"] = ratios
+        benchmark.extra_info["ratios"] = found
         for name, taken in times.items():
-            note = ""
-            seconds = statistics.median(taken)
-            if name == "fastft":
-                note = f"{seconds / floor:.2f}x its floor of {floor * 1e3:.2f} ms" if floor else ""
-            elif name == "eager" and at_least is not None:
-                note = f"aim {at_least}"
-            TABLE.rows.append(Row(work, name, seconds, ratios.get(name), peaks[name], note))
-        return ratios
+            row = Row(work, name, statistics.median(taken), found.get(name), peaks[name], at=at)
+            if name == OURS and floor:
+                row.note = f"{row.seconds / floor:.2f}x its floor of {floor * 1e3:.2f} ms"
+            elif name == "eager":
+                row.aim = at_least
+            TABLE.rows.append(row)
+        TABLE.rows += [Row(work, name, note=f"not run: {why}") for name, why in skipped.items()]
+        return found
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter):
-    if TABLE.rows:
-        terminalreporter.write_sep("=", "ratio: median of side / fastft, alternating")
-        TABLE.print(terminalreporter.write_line)
-        terminalreporter.write_line(
-            f"torch {torch.__version__}, {THREADS} threads, {platform.machine()}, "
-            f"{torch.backends.cpu.get_cpu_capability()}, {_processor()}"
-        )
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as info:
-        names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
+def pytest_terminal_summary(terminalreporter, config):
+    if not TABLE.rows:
+        return
+    terminalreporter.write_sep("=", "ratio: median of side / fastft, alternating")
+    TABLE.print(terminalreporter.write_line)
+    terminalreporter.write_line(
+        f"torch {torch.__version__}, {THREADS} threads, {platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {ratios.processor()}"
+    )
+    if path := config.stash.get(RECORDED, None):
+        ratios.record(TABLE.ratios(), THREADS, path)
+        terminalreporter.write_line(f"recorded in {path}")

@@ -3,7 +3,12 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import fastft
 
@@ -59,8 +64,8 @@ def _configured(command: str, arguments: list[str]) -> int:
 
     module, settings, function, _ = CONFIGURED[command]
     try:
-        module = importlib.import_module(module)
-        getattr(module, function)(config.read(getattr(module, settings), command, arguments))
+        room = importlib.import_module(module)
+        getattr(room, function)(config.read(getattr(room, settings), command, arguments))
     except UserError as error:
         print(f"fastft {command}: {error}", file=sys.stderr)
         return 2
@@ -93,7 +98,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _add_demo(commands) -> None:
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a real model with LoRA, eager and patched, and compare",
@@ -131,14 +136,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """What ends a job ends it as Ctrl-C does: checkpoints are kept and temporary files removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may listen
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments and arguments[0] in CONFIGURED:
-            return _configured(arguments[0], arguments[1:])
-        args = _parser().parse_args(arguments)
-        return args.run(args)
+        with _sigterm_as_interrupt():
+            if arguments and arguments[0] in CONFIGURED:
+                return _configured(arguments[0], arguments[1:])
+            args = _parser().parse_args(arguments)
+            out: int = args.run(args)
+            return out
     except BrokenPipeError:
         # Whoever read has had enough (`| head`); Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

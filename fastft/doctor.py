@@ -8,6 +8,7 @@ import pkgutil
 import platform
 import shlex
 import shutil
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -20,15 +21,20 @@ from fastft.ops import gemm
 REFERENCE = "PyTorch reference"
 # Below these the package does not work; None: needed by some commands only, any version.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "peft": "0.19", "trl": None, "triton": None}
+# The newest that the tests are run with; tests/test_doctor.py holds them to the pinned ones.
+TESTED = {"torch": "2.13", "transformers": "5.24", "peft": "0.21", "trl": "1.16", "triton": "3.6"}
 INSTALL = "`pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
 
 
-def examine() -> dict:
+def examine() -> dict[str, Any]:
     """Everything `fastft doctor` tells, as plain values."""
     for module in pkgutil.iter_modules(fastft.ops.__path__):
         importlib.import_module(f"fastft.ops.{module.name}")
     build = library.extension.build_info() if library.extension is not None else None
-    versions = {"fastft": fastft.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "fastft": fastft.__version__,
+        "python": platform.python_version(),
+    }
     versions |= {name: _version(name) for name in OLDEST}
     return {
         "versions": versions,
@@ -48,19 +54,23 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _version_warnings(versions: dict) -> list[str]:
+def _version_warnings(versions: dict[str, str | None]) -> list[str]:
     warnings = []
     for name, oldest in OLDEST.items():
-        if oldest is None or (versions[name] is None and name == "peft"):
-            continue
-        if versions[name] is None:
-            warnings.append(f"{name} is not installed: fastft needs {oldest} or later")
-        elif Version(versions[name]) < Version(oldest):
-            warnings.append(f"{name} {versions[name]} is too old: fastft needs {oldest} or later")
+        found, tested = versions[name], TESTED[name]
+        if found is None:
+            if oldest is not None and name != "peft":
+                warnings.append(f"{name} is not installed: fastft needs {oldest} or later")
+        elif oldest is not None and Version(found) < Version(oldest):
+            warnings.append(f"{name} {found} is too old: fastft needs {oldest} or later")
+        elif Version(found).release[:2] > Version(tested).release[:2]:
+            warnings.append(
+                f"{name} {found} is newer than {tested}, the newest that fastft is tested with"
+            )
     return warnings
 
 
-def _build_warnings(build: dict | None) -> list[str]:
+def _build_warnings(build: dict[str, Any] | None) -> list[str]:
     if build is not None:
         return []
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
@@ -84,7 +94,7 @@ def _missing(device: str) -> str | None:
     return None
 
 
-def text(found: dict) -> str:
+def text(found: dict[str, Any]) -> str:
     """`examine`'s findings for a person to read."""
     lines = ["versions"]
     lines += [
@@ -106,7 +116,7 @@ def text(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _operators(found: dict) -> str:
+def _operators(found: dict[str, Any]) -> str:
     rows = [("operator", *found["devices"])]
     for name, row in found["operators"].items():
         forward = found["operators"].get(name.removesuffix("_backward"))

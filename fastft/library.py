@@ -9,37 +9,56 @@ from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Operator(Protocol[P, Result_co]):
+    """What `operator` makes of a reference, called as the reference is."""
+
+    op: "torch._ops.OpOverload[..., Any]"
+    reference: Callable[..., Any]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result_co: ...
+
+
 _library = torch.library.Library("fastft", "DEF")
-_references: dict[str, Callable] = {}
+_references: dict[str, Callable[..., Any]] = {}
 _kinds: dict[tuple[str, str], str] = {}
 
 try:
     # Not `from fastft import _C`: that form tells a missing module by another exception.
-    import fastft._C as extension
+    import fastft._C as _built
 except ModuleNotFoundError as missing:
     # Not built is allowed and shown by `fastft doctor`; built but broken raises.
     if missing.name != "fastft._C":
         raise
-    extension = None
+    extension: ModuleType | None = None
+else:
+    extension = _built
 
 
-def _without_autocast(op, key: torch._C.DispatchKey):
+def _without_autocast(op: Callable[..., Any], key: torch._C.DispatchKey) -> Callable[..., Any]:
     """The raw operators compute in the dtypes they are given: public functions apply autocast."""
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return op(*args)
 
     return call
 
 
-def operator(schema: str) -> Callable[[Callable], Callable]:
+def operator(schema: str) -> Callable[[Callable[P, Result]], Operator[P, Result]]:
     """Defines `torch.ops.fastft.<name>` from a schema; the decorated function is its reference.
 
     The reference must return the shapes, strides and dtypes the kernels return and never read a
@@ -47,7 +66,7 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
     that no kernel takes.
     """
 
-    def register(reference: Callable) -> Callable:
+    def register(reference: Callable[P, Result]) -> Operator[P, Result]:
         name = schema.split("(", 1)[0]
         _library.define(schema)
         _library.impl(name, reference, "CompositeExplicitAutograd")
@@ -56,26 +75,28 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
             _library.impl(name, _without_autocast(op, getattr(torch._C.DispatchKey, key)), key)
         _references[name] = reference
 
-        def call(*args):
+        def call(*args: Any) -> Any:
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            return (reference if first.dtype is torch.float64 else op)(*args)
+            serving: Callable[..., Any] = reference if first.dtype is torch.float64 else op
+            return serving(*args)
 
-        call.op, call.reference = op, reference
-        return call
+        call.op, call.reference = op, reference  # type: ignore[attr-defined]
+        return cast(Operator[P, Result], call)
 
     return register
 
 
-def kernel_only(schema: str) -> Callable:
+def kernel_only(schema: str) -> Callable[..., Any]:
     """Defines `torch.ops.fastft.<name>` without a reference: where no kernel serves it, it raises.
 
     For what only prepares or joins calls of operators that have one.
     """
     _library.define(schema)
-    return getattr(torch.ops.fastft, schema.split("(", 1)[0]).default
+    op: Callable[..., Any] = getattr(torch.ops.fastft, schema.split("(", 1)[0]).default
+    return op
 
 
-def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Callable]:
+def implement(op: Operator[..., Any], device: str, kind: str) -> Callable[[Function], Function]:
     """Makes the decorated Python function serve `op` on a device ("CPU", "CUDA").
 
     For operators that are a composition of a library's products and compiled passes of our own;
@@ -84,7 +105,7 @@ def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Call
     """
     passes = extension is not None if device == "CPU" else find_spec("triton") is not None
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         if passes:
             name = op.op._schema.name.removeprefix("fastft::")
             _library.impl(name, function, device)
@@ -94,7 +115,7 @@ def implement(op: Callable, device: str, kind: str) -> Callable[[Callable], Call
     return register
 
 
-def implement_in_triton(file: str, *ops: Callable) -> None:
+def implement_in_triton(file: str, *ops: Operator[..., Any]) -> None:
     """Points the CUDA key of operators at the launchers of their names in kernels/triton/<file>.py.
 
     The file is imported at the first call; without triton, CUDA keeps the reference.
@@ -104,7 +125,7 @@ def implement_in_triton(file: str, *ops: Callable) -> None:
     for op in ops:
         name = op.op._schema.name.removeprefix("fastft::")
 
-        def launch(*args, name=name):
+        def launch(*args: Any, name: str = name) -> Any:
             return getattr(import_module(f"fastft.kernels.{file}"), name)(*args)
 
         _library.impl(name, launch, "CUDA")
@@ -146,7 +167,9 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
-def first_derivatives_only(backward: Callable) -> Callable:
+def first_derivatives_only(
+    backward: Callable[Concatenate[Any, P], Result],
+) -> Callable[Concatenate[Any, P], Result]:
     """Decorates the backward of an operator's autograd Function: RuntimeError under create_graph.
 
     Not `once_differentiable`, which lets the call pass where the upstream gradient is a constant,
@@ -155,16 +178,16 @@ def first_derivatives_only(backward: Callable) -> Callable:
     name = backward.__module__.rpartition(".")[2]
 
     @wraps(backward)
-    def call(ctx, *upstream):
+    def call(ctx: Any, *upstream: P.args, **kwargs: P.kwargs) -> Result:
         # A compiled graph refuses by itself; while it is traced, grad mode says nothing.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"{name}: backward was called with create_graph=True, but fastft computes first "
                 "derivatives only: fastft.unpatch(model), or call PyTorch's own operators"
             )
-        return backward(ctx, *upstream)
+        return backward(ctx, *upstream, **kwargs)
 
-    return call
+    return cast(Callable[Concatenate[Any, P], Result], call)
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:

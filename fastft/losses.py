@@ -6,6 +6,7 @@ neither transformers' heads nor `TrainingArguments.label_smoothing_factor` are (
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class ClassificationLoss:
     focal_gamma: float = 0.0  # 0: no focal loss; usual is 2
     ignore_index: int = -100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.focal_gamma >= 0.0:
             raise ValueError(f"focal_gamma: expected 0 or more, got {self.focal_gamma}")
         if self.focal_gamma and self.label_smoothing:
@@ -50,13 +51,16 @@ class ClassificationLoss:
                 )
             object.__setattr__(self, "class_weights", weights)
 
-    def __call__(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """outputs: a model's, or its logits (..., classes); labels: (...) int64."""
         logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
         labels = labels.to(logits.device)
         weights = self.class_weights
-        weights = None if weights is None else weights.to(logits.device)
-        options = {"weight": weights, "ignore_index": self.ignore_index}
+        if weights is not None:
+            weights = torch.as_tensor(weights, device=logits.device)
+        options: dict[str, Any] = {"weight": weights, "ignore_index": self.ignore_index}
         if not self.focal_gamma:
             return cross_entropy(
                 logits, labels, num_items=num_items_in_batch,

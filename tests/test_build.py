@@ -153,7 +153,7 @@ def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(tmp_path, cuda, nvcc,
     assert names["why_no_cuda"](torch, nvcc and str(path)) == why
 
 
-def test_usual_architectures_are_those_the_compiler_knows(tmp_path):
+def test_usual_architectures_are_those_the_compiler_knows(tmp_path, monkeypatch):
     source = (ROOT / "setup.py").read_text().replace("setup(**native_parts())", "")
     names = {"__file__": str(ROOT / "setup.py")}
     exec(compile(source, "setup.py", "exec"), names)
@@ -161,6 +161,9 @@ def test_usual_architectures_are_those_the_compiler_knows(tmp_path):
     path.write_text("#!/bin/sh\necho sm_80 sm_90 sm_120\n")
     path.chmod(0o755)
     assert names["usual_architectures"](str(path)) == ["8.0", "9.0", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "usual")
+    without_cuda = SimpleNamespace(version=SimpleNamespace(cuda=None))
+    assert names["cuda_architectures"](without_cuda, str(path)) == ["8.0", "9.0", "12.0+PTX"]
 
 
 def test_architectures_that_are_none_end_in_one_sentence(tree):

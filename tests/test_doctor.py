@@ -1,9 +1,15 @@
 """doctor tells the truth: about what is there, what is missing, and why."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastft import doctor, library
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_tells_what_serves_each_operator():
@@ -39,6 +45,40 @@ def test_warns_of_old_versions(monkeypatch, name, version):
     monkeypatch.setattr(doctor, "_version", lambda n: version if n == name else real(n))
     warning = next(w for w in doctor.examine()["warnings"] if w.startswith(name))
     assert version in warning and doctor.OLDEST[name] in warning
+
+
+@pytest.mark.parametrize(
+    "name, version",
+    [("torch", "2.14.0+cu130"), ("transformers", "6.0.0"), ("peft", "0.22.0"), ("trl", "2.0.0")],
+)
+def test_warns_of_versions_newer_than_those_tested(monkeypatch, name, version):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda n: version if n == name else real(n))
+    (warning,) = [w for w in doctor.examine()["warnings"] if w.startswith(name)]
+    assert warning.startswith(f"{name} {version} is newer than {doctor.TESTED[name]}")
+    assert warning in doctor.text(doctor.examine())
+
+
+@pytest.mark.parametrize(
+    "name, version", [("torch", "2.11.0"), ("torch", "2.13.9+cpu"), ("transformers", "5.17.0.dev0")]
+)
+def test_is_silent_on_the_edges_of_what_is_supported(monkeypatch, name, version):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda n: version if n == name else real(n))
+    warnings = [w for w in doctor.examine()["warnings"] if w.startswith(name)]
+    # A pre-release comes before its release.
+    assert len(warnings) == ("dev" in version)
+
+
+def test_the_versions_tested_are_the_pinned_ones():
+    pinned = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [*pinned["optional-dependencies"]["test"], (ROOT / "Makefile").read_text()]
+    for name, version in doctor.TESTED.items():
+        found = [re.search(rf"\b{name}[=>]=(\d+\.\d+)", pin) for pin in pins]
+        assert [match[1] for match in found if match] == [version], name
+    wanted = {r for r in pinned["dependencies"] + pinned["optional-dependencies"]["finetune"]}
+    for name, version in doctor.OLDEST.items():
+        assert version is None or f"{name}>={version}" in wanted, name
 
 
 def test_says_what_is_not_installed(monkeypatch):

@@ -47,7 +47,6 @@ inline Halves load_halves(const int16_t* p) {
   return out;
 }
 
-
 // The compiler would read it again for every row: loads are what a tile is short of.
 inline void keep_in_register(Halves& x) {
 #if defined(FASTFT_X86)
@@ -132,52 +131,7 @@ void tiles(const Int8Product& p, const int16_t* a, const int16_t* b, int64_t pad
   tile<R>(p, a, b, padded, row, first);
 }
 
-inline void store_bytes(int8_t* p, IVec x, std::integral_constant<int, kWidth>) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
-#else
-  for (int i = 0; i < kWidth; ++i) p[i] = int8_t(x[i]);
-#endif
-}
-inline void store_bytes(int8_t* p, IVec x, int64_t count) {
-  for (int i = 0; i < count; ++i) p[i] = int8_t(x[i]);
-}
-
-template <class T>
-void round_row(const T* x, const RoundRows& r, int8_t* values, float* scale) {
-  auto value = [&](int64_t i, auto n) {
-    const Vec loaded = load(x + i, n);
-    return r.factors ? loaded * load(r.factors + i, n) : loaded;
-  };
-  Vec most{}, bad{};
-  for_each_vec(r.columns, [&](int64_t i, auto n) {
-    most = max(most, abs(value(i, n)));
-    bad += value(i, n) * 0.f;
-  });
-  const float peak = max(most), nan = sum(bad);
-  const bool any = peak > 127.f * 1.17549435e-38f && nan == 0.f;
-  *scale = (any ? peak / 127.f : 0.f) + nan;
-  const Vec inverse = broadcast(any ? 127.f / peak : 0.f);
-  for_each_vec(r.columns, [&](int64_t i, auto n) {
-    // Adding 1.5 * 2^23 rounds to the nearest integer, the even one of two.
-    const Vec rounded = fma(value(i, n), inverse, broadcast(12582912.f)) - 12582912.f;
-    const IVec numbers = __builtin_convertvector(rounded, IVec);
-    store_bytes(values + i, any ? numbers : IVec{}, n);
-  });
-}
-
 }  // namespace
-
-void round_rows(const RoundRows& r) {
-  const int threads = threads_for(r.rows, r.rows * r.columns >= kGrain);
-  by_dtype(r.dtype, [&](auto element) {
-    using T = decltype(element);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < r.rows; ++row)
-      round_row(static_cast<const T*>(r.x) + row * r.stride, r, r.values + row * r.columns,
-                r.scale + row);
-  });
-}
 
 void scale_sums(const ScaleSums& s) {
   const int threads = threads_for(s.rows, s.rows * s.columns >= kGrain);

@@ -1,21 +1,10 @@
-// Products of integers for layers with frozen int8 weights, and the rounding of rows before them;
-// fastft/ops/int8_linear.py has the formulas. Torch-free.
+// Products of integers for layers with frozen int8 weights; fastft/ops/int8_linear.py has the
+// formulas. Torch-free.
 #pragma once
 
 #include "isa.h"
 
 namespace fastft {
-
-// Rows of any of the three types, times `columns` where there is one, as int8 with a scale each.
-struct RoundRows {
-  DType dtype;
-  int64_t rows, columns;
-  const void* x;  // rows contiguous
-  int64_t stride;
-  const float* factors;  // (columns) or null
-  int8_t* values;        // (rows, columns) contiguous
-  float* scale;          // (rows)
-};
 
 // y = (a b^T) a_scale b_scale + bias, or a b where b is transposed.
 struct Int8Product {
@@ -41,7 +30,6 @@ struct ScaleSums {
   int64_t total_stride;
 };
 
-FASTFT_DECLARE(void round_rows(const RoundRows&))
 FASTFT_DECLARE(void int8_product(const Int8Product&))
 FASTFT_DECLARE(void scale_sums(const ScaleSums&))
 

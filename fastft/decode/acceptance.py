@@ -25,8 +25,8 @@ def _check(scores: Tensor, draft: Tensor, q: Tensor | None) -> None:
         raise ValueError(f"draft: expected token ids of shape (n,), got {found}")
     n = len(draft)
     if scores.dim() != 2 or len(scores) != n + 1:
-        found = tuple(scores.shape)
-        raise ValueError(f"scores: expected ({n + 1}, vocabulary) for {n} drafted, got {found}")
+        got = tuple(scores.shape)
+        raise ValueError(f"scores: expected ({n + 1}, vocabulary) for {n} drafted, got {got}")
     if q is not None and q.shape != (n, scores.shape[1]):
         raise ValueError(f"q: expected {(n, scores.shape[1])}, got {tuple(q.shape)}")
 

@@ -5,7 +5,8 @@ default cache copies all it holds for each token. It is a transformers `Cache`, 
 takes it as its `cache`; there all rows are as long as each other, and padding lies in slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,23 @@ class KVLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    keys: Tensor
+    values: Tensor
 
-    def __init__(self, owner: "KVCache"):
+    def __init__(self, owner: "KVCache") -> None:
         super().__init__()
         self.owner = owner
         self.used = 0  # slots that `update` has filled
 
-    def allocate(self, batch: int, heads: int, dim: int, dtype, device, values: int = 0) -> None:
+    def allocate(
+        self,
+        batch: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        values: int = 0,
+    ) -> None:
         """values: their head dimension, if it is another than that of the keys."""
         shape = (batch, heads, self.owner.capacity)
         self.keys = torch.empty(*shape, dim, dtype=dtype, device=device)
@@ -51,7 +62,9 @@ class KVLayer(CacheLayerMixin):
         values = value_states.shape[-1]
         self.allocate(batch, heads, dim, key_states.dtype, key_states.device, values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.owner.need_even_rows()
@@ -90,7 +103,7 @@ class KVLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx.to(self.keys.device))
 
-    def _map(self, change) -> None:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
 
@@ -102,13 +115,17 @@ class KVCache(Cache):
     a later call finds by them what it need not compute again. None where a model's forward did.
     """
 
-    def __init__(self, layers: int, capacity: int = 0):
+    layers: list[KVLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: int, capacity: int = 0) -> None:
         self.capacity = capacity
         self.lengths: list[int] = []
         self.tokens: list[list[int]] | None = None
         super().__init__(layers=[KVLayer(self) for _ in range(layers)])
 
-    def allocate(self, batch: int, heads: int, dim: int, dtype, device) -> None:
+    def allocate(
+        self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Takes the memory of all layers; rows start empty."""
         for layer in self.layers:
             layer.allocate(batch, heads, dim, dtype, device)

@@ -34,4 +34,6 @@ def own_name() -> str:
     """The name in the installed transformers, of whose outputs this is the plainest."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    return cache_name(BaseModelOutputWithPast.__dataclass_fields__)
+    name = cache_name(BaseModelOutputWithPast.__dataclass_fields__)
+    assert name is not None  # one of NAMES it must be
+    return name

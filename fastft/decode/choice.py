@@ -1,11 +1,14 @@
 """From logits to tokens: processors, and greedy or random choice, as transformers makes them."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
+
+from fastft.decode.prepare import Prepared
 
 # Processors that read scores alone: all rows and draft positions may be given to them at once.
 _MEMORYLESS = tuple(
@@ -31,7 +34,7 @@ _ROWWISE = tuple(
 )  # fmt: skip
 
 
-def _of_row(processor, row: int):
+def _of_row(processor: Any, row: int) -> Any:
     """The processor for one row of the batch it was made for."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored, Tensor) or len(ignored) == 1:
@@ -45,7 +48,8 @@ def best(scores: Tensor) -> list[int]:
     """Of every row the token of the largest score: the first of equal ones, NaN the largest."""
     # NumPy's search uses vectors; PyTorch's took 0.1 ms of a step of 5 ms.
     if scores.is_cpu and scores.dtype is torch.float32:
-        return scores.numpy().argmax(-1).tolist()
+        out: list[int] = scores.numpy().argmax(-1).tolist()
+        return out
     return scores.argmax(-1).tolist()
 
 
@@ -53,8 +57,10 @@ class Chooser:
     """The processors and the choice of one call; `ids` are its rows as transformers shows them,
     up to `ends`, which the loop moves on."""
 
-    def __init__(self, prepared, ids: Tensor, ends: list[int], generator: torch.Generator | None):
-        self.processors = prepared.processors
+    def __init__(
+        self, prepared: Prepared, ids: Tensor, ends: list[int], generator: torch.Generator | None
+    ) -> None:
+        self.processors: Any = prepared.processors  # which say LongTensor, a type of the past
         self.sample = prepared.config.do_sample
         self.ids, self.ends, self.generator = ids, ends, generator
         self.memoryless = all(type(p) in _MEMORYLESS for p in self.processors)
@@ -90,7 +96,8 @@ class Chooser:
         if not len(self.processors):
             return logits
         if self.memoryless:
-            return self.processors(self.ids[:1, :1], logits.clone())
+            found: Tensor = self.processors(self.ids[:1, :1], logits.clone())
+            return found
         out = []
         for i, (row, tokens) in enumerate(zip(rows, behind, strict=True)):
             history = self.ids[row, : self.ends[row]]
@@ -102,12 +109,14 @@ class Chooser:
     def _alone(self, row: int, history: Tensor, logits: Tensor) -> Tensor:
         """Processed logits (1, vocabulary) of one row with tokens history (length,)."""
         if self.rowwise:
-            processors = LogitsProcessorList(_of_row(p, row) for p in self.processors)
-            return processors(history[None], logits[None].clone())
+            processors: Any = LogitsProcessorList(_of_row(p, row) for p in self.processors)
+            out: Tensor = processors(history[None], logits[None].clone())
+            return out
         # What goes by a row's place in the batch finds it there.
         rows = len(self.ids)
         all_rows = self.processors(history.repeat(rows, 1), logits.repeat(rows, 1))
-        return all_rows[row : row + 1]
+        of_row: Tensor = all_rows[row : row + 1]
+        return of_row
 
     def pick(self, scores: Tensor) -> list[int]:
         """A token for every row of scores."""

@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from fastft.ops.decode_attention import MAX_QUERIES
 class CudaGraphs:
     """Graphs that share their memory: each result is read before the next graph runs."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
@@ -77,12 +78,14 @@ class GraphStep(FusedStep):
         model: nn.Module,
         adapter_names: Sequence[str] | None = None,
         make_graphs: Callable[[torch.device], CudaGraphs] = CudaGraphs,
-    ):
+    ) -> None:
         """Raises: layers.Unfit."""
-        self.make_graphs, self.graphs = make_graphs, None
+        self.make_graphs = make_graphs
+        self.graphs: Any = None  # what make_graphs made, from the first step on
         self.shapes: dict[tuple[int, int, int], _Shape] = {}
         self.addresses: tuple[int, ...] = ()
-        self.replayed, self.reason = 0, None
+        self.replayed = 0
+        self.reason: str | None = None
         super().__init__(model, adapter_names)
 
     @property
@@ -99,7 +102,8 @@ class GraphStep(FusedStep):
         logits = self._all_logits(cache, placed, width)
         cache.set_lengths(lengths)
         # A copy: the next step writes over what a graph gives.
-        return logits.unflatten(0, (-1, width))[:, -keep:].clone().flatten(0, 1)
+        out: Tensor = logits.unflatten(0, (-1, width))[:, -keep:].clone().flatten(0, 1)
+        return out
 
     def _all_logits(self, cache: KVCache, placed: tuple[list[int], ...], width: int) -> Tensor:
         """Of every new token: (tokens, vocabulary)."""
@@ -112,10 +116,12 @@ class GraphStep(FusedStep):
         shape.inputs.copy_(torch.tensor([*itertools.chain(*placed)], dtype=torch.int32))
 
         def compute() -> Tensor:
-            return self._head(last(self._states(cache, *shape.inputs.split(sizes), width)))
+            ids, positions, cu_seqlens, slots = shape.inputs.split(sizes)
+            return self._head(last(self._states(cache, ids, positions, cu_seqlens, slots, width)))
 
         if known is None:
-            return self.graphs.warm_up(compute)
+            out: Tensor = self.graphs.warm_up(compute)
+            return out
         if shape.replay is None:
             try:
                 shape.replay = self.graphs.capture(compute)

@@ -16,6 +16,7 @@ one pass over them, in that order, sees every best choice. The formula is that o
 from bisect import bisect_right
 from collections.abc import Sequence
 from heapq import heapify, heappop, heapreplace
+from typing import Any
 
 FORGETTING = 0.95  # of a row's acceptance, per draft
 POOL_FORGETTING = 0.98  # of the acceptance of all rows
@@ -23,6 +24,7 @@ EXPECTED = 0.6  # acceptance before anything is known, as if seen in CERTAINTY t
 CERTAINTY = 3.0
 SMOOTHING = 0.2  # weight of the newest measurement of a cost
 LASTING = 8  # measurements beyond which a cost gets no surer
+SURPRISE = 1.25  # by how much a width's first measurement may exceed what its neighbours tell
 SLOPE = 0.1  # before anything is known, what a token more costs, in tokens of the narrowest step
 REFRESH = 16  # rounds after which a step without drafts is measured again, by measurements so far
 STALE = 1024  # rounds after which the cost of a width is forgotten
@@ -42,19 +44,22 @@ def _smoothed(old: float, measurements: int, new: float) -> float:
 class StepCost:
     """Seconds of a step by the number of its tokens: measured, monotone, linear in between."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._points: dict[int, tuple[float, int, int]] = {}  # tokens: seconds, measurements, round
         self._widths: list[int] = []
         self._seconds: list[float] = []
 
     def observe(self, tokens: int, seconds: float, now: int) -> None:
         old, measurements, _ = self._points.get(tokens, (0.0, 0, now))
+        if not measurements and self._points:
+            # A width that looks dear is not tried again: one slow step must not decide.
+            seconds = min(seconds, SURPRISE * self(tokens))
         new = _smoothed(old, measurements, seconds)
         self._points[tokens] = new, min(measurements + 1, LASTING), now
         for width in [w for w, p in self._points.items() if now - p[2] > STALE]:
             del self._points[width]
         # Pool adjacent violators: the nearest costs that do not fall as tokens are added.
-        pools: list[list] = []  # [seconds, weight, widths]
+        pools: list[list[Any]] = []  # [seconds, weight, widths]
         for width in sorted(self._points):
             pools.append([*self._points[width][:2], [width]])
             while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
@@ -110,7 +115,7 @@ class DraftLength:
     the loss is half a step and two hundredths of the time.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._step = StepCost()
         self._drafting = 0.0  # seconds per position drafted
         self._draftings = 0  # measurements of it
@@ -182,7 +187,7 @@ class DraftLength:
             self._credit = min(self._credit + gained, CREDIT * plain) + PROBING * spent
         self._unprobed += spent
 
-    def _lengths(self, offers) -> tuple[list[int], bool]:
+    def _lengths(self, offers: Any) -> tuple[list[int], bool]:
         """Lengths, and whether nothing but a probe is in them."""
         lengths = [0] * len(offers)
         # Nothing is worth a draft where its gain cannot be told.
@@ -193,7 +198,7 @@ class DraftLength:
         pays = any(lengths)
         return lengths, self._add_probe(offers, lengths) and not pays
 
-    def _best(self, offers) -> list[int]:
+    def _best(self, offers: Any) -> list[int]:
         """The lengths with most tokens per second."""
         best = [0] * len(offers)
         rate = (
@@ -214,7 +219,7 @@ class DraftLength:
                 break
         return best
 
-    def _best_within(self, rows, width: int, depth: int) -> tuple[list[int], float]:
+    def _best_within(self, rows: Any, width: int, depth: int) -> tuple[list[int], float]:
         """The best lengths up to depth, and their tokens per second."""
         tokens, order, best, rate = float(width), [], 0, 0.0
         # If nothing is accepted, a round loses at most half a plain step more than the credit.
@@ -237,7 +242,7 @@ class DraftLength:
             lengths[index] += 1
         return lengths, rate
 
-    def _add_probe(self, offers, lengths: list[int]) -> bool:
+    def _add_probe(self, offers: Any, lengths: list[int]) -> bool:
         """One token for the undrafted row that has waited longest, if enough time has gone by."""
         waiting = [i for i, offer in enumerate(offers) if offer[1] > 0 and not lengths[i]]
         width = len(offers) + sum(lengths)

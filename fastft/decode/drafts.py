@@ -6,6 +6,7 @@ makes those that were chosen, `advance` tells which tokens the row really took.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Draft:
 class LookupDrafts:
     """n-grams of the row's own text: see prompt_lookup.py."""
 
-    def __init__(self, rows: list[list[int]]):
+    def __init__(self, rows: list[list[int]]) -> None:
         self.lookup = PromptLookup()
         for row, tokens in enumerate(rows):
             self.lookup.extend(row, tokens)
@@ -51,7 +52,13 @@ class StepDrafts:
     writes anew: then nothing is computed twice for the tokens that were accepted.
     """
 
-    def __init__(self, step: Callable, rows: list[list[int]], choose: Callable, cache=None):
+    def __init__(
+        self,
+        step: Any,
+        rows: list[list[int]],
+        choose: Callable[..., Any],
+        cache: Any = None,
+    ) -> None:
         self.step, self.choose = step, choose
         self.tokens = [list(row) for row in rows]
         self.shared = cache is not None

@@ -16,6 +16,7 @@ arXiv 2502.14856).
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class ExitHead(nn.Module):
     Raises: ValueError that names the argument.
     """
 
+    vocabulary: Tensor | None
+
     def __init__(
         self,
         hidden: int,
@@ -48,7 +51,7 @@ class ExitHead(nn.Module):
         rank: int = 64,
         vocabulary: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if exit_layer < 1 or rank < 1:
             raise ValueError(
@@ -95,7 +98,7 @@ class ExitHead(nn.Module):
     def step(self, target: FusedStep) -> "ExitStep":
         return ExitStep(self, target)
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the head as safetensors."""
         from safetensors.torch import save_file
 
@@ -103,7 +106,7 @@ class ExitHead(nn.Module):
         save_file(tensors, path, {"exit_layer": str(self.exit_layer)})
 
     @staticmethod
-    def load(path) -> "ExitHead":
+    def load(path: str | Path) -> "ExitHead":
         """Reads what `save` wrote.
 
         Raises: ValueError for another file.
@@ -148,7 +151,7 @@ def check_fits(head: ExitHead, target: FusedStep) -> None:
 class ExitStep(FusedStep):
     """The first layers of a fused step, over the same cache."""
 
-    def __init__(self, head: ExitHead, target: FusedStep):
+    def __init__(self, head: ExitHead, target: FusedStep) -> None:
         if not isinstance(target, FusedStep):
             raise ValueError("speculation: an ExitHead needs a model that decoder_layer covers")
         check_fits(head, target)

@@ -6,11 +6,10 @@ or many, with or without drafts (loop.py), and what it does not serve goes to `m
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from fastft.decode import layers as reading
 from fastft.decode.cache_name import own_name, renamed
@@ -20,19 +19,28 @@ from fastft.decode.loop import Run
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Stats
 from fastft.decode.prepare import HandOver, Prepared, inner_model, own_generate, prepare
+from fastft.foreign import ForeignModule
 
 _EXACT = "the bits of every row are those of the row alone, token by token"
 _TIES = "tokens are those of the row alone up to ties: widths and masks change roundings"
 
 
-def _merged(inputs, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+def _merged(inputs: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
     """A tokenizer's output is keywords too."""
     if isinstance(inputs, Mapping):
         kwargs, inputs = {**inputs, **kwargs}, None
     return inputs, renamed(kwargs, own_name())
 
 
-def _begin(model, inputs, generation_config, speculation, seed, adapter_names, kwargs) -> Run:
+def _begin(
+    model: nn.Module,
+    inputs: Any,
+    generation_config: Any,
+    speculation: Any,
+    seed: int | None,
+    adapter_names: Sequence[str] | None,
+    kwargs: dict[str, Any],
+) -> Run:
     """Raises HandOver where transformers must serve the call."""
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
@@ -49,7 +57,7 @@ def _begin(model, inputs, generation_config, speculation, seed, adapter_names, k
     try:
         with torch.no_grad():
             # A model is confirmed as it is: rows of several adapters have nothing to compare with.
-            step = fused_step(inner)
+            step: Any = fused_step(inner)
             step = step if adapter_names is None else fused_step(inner, adapter_names)
         if not step.bit_exact:
             stats.exact = _TIES
@@ -78,7 +86,7 @@ _STATEFUL = {
 }
 
 
-def _check_speculation(speculation) -> None:
+def _check_speculation(speculation: Any) -> None:
     wanted = "expected 'prompt_lookup', a draft model, an ExitHead or None"
     if isinstance(speculation, str):
         if speculation != "prompt_lookup":
@@ -90,7 +98,7 @@ def _check_speculation(speculation) -> None:
         raise TypeError(f"speculation: {wanted}, got {type(speculation).__name__}")
 
 
-def _per_row(model: nn.Module, names, prepared: Prepared) -> list[str]:
+def _per_row(model: ForeignModule, names: Any, prepared: Prepared) -> list[str]:
     copies = prepared.config.num_return_sequences
     rows = len(prepared.input_ids) // copies
     if isinstance(names, str):
@@ -102,20 +110,21 @@ def _per_row(model: nn.Module, names, prepared: Prepared) -> list[str]:
     unknown = sorted(set(names) - known - {"__base__"})
     if unknown:
         raise ValueError(f"adapter_names: no adapter {unknown}, the model has {sorted(known)}")
-    return names
+    out: list[str] = names
+    return out
 
 
 def generate(
     model: nn.Module,
     inputs: Tensor | Mapping[str, Tensor] | None = None,
-    generation_config=None,
+    generation_config: Any = None,
     *,
-    speculation=None,
-    streamer=None,
+    speculation: Any = None,
+    streamer: Any = None,
     seed: int | None = None,
     adapter_names: Sequence[str] | None = None,
     **kwargs: Any,
-) -> ModelOutput:
+) -> GenerateOutput:
     """Decodes as `model.generate` does, faster; returns transformers' output and its `stats`.
 
     Takes what `model.generate` takes: token ids (rows, length) or a tokenizer's output, a
@@ -160,7 +169,9 @@ def generate(
     return run.output()
 
 
-def stream(model: nn.Module, inputs=None, generation_config=None, **kwargs) -> Iterator[list]:
+def stream(
+    model: nn.Module, inputs: Any = None, generation_config: Any = None, **kwargs: Any
+) -> Iterator[list[list[int]]]:
     """`generate` as an iterator: yields each round's new tokens, a list of ids for every row.
 
     Takes the arguments of `generate` but streamer.
@@ -178,7 +189,7 @@ def stream(model: nn.Module, inputs=None, generation_config=None, **kwargs) -> I
     return run.rounds()
 
 
-def _show(run: Run, streamer, shown: int) -> int:
+def _show(run: Run, streamer: Any, shown: int) -> int:
     """Gives the streamer the columns that all unfinished rows have reached, one by one."""
     last = min((run.ends[row] for row in run.active), default=max(run.ends))
     for column in range(shown, last):
@@ -186,7 +197,14 @@ def _show(run: Run, streamer, shown: int) -> int:
     return max(shown, last)
 
 
-def _handed_over(model, inputs, speculation, seed, kwargs, reason: str) -> ModelOutput:
+def _handed_over(
+    model: ForeignModule,
+    inputs: Any,
+    speculation: Any,
+    seed: int | None,
+    kwargs: dict[str, Any],
+    reason: str,
+) -> GenerateOutput:
     """transformers' own output, whatever its class, with our stats."""
     stats = Stats(path="model.generate", reason=reason, exact="transformers' own")
     if speculation is not None:
@@ -202,7 +220,8 @@ def _handed_over(model, inputs, speculation, seed, kwargs, reason: str) -> Model
         out = serve(**(kwargs | {"return_dict_in_generate": True}))
     stats.decode_seconds = time.perf_counter() - started
     if isinstance(out, Tensor):  # a custom_generate may return no more
-        out = GenerateOutput(sequences=out)
+        out = GenerateOutput(sequences=cast(torch.LongTensor, out))
     stats.rows = len(out.sequences)
     out.stats = stats
-    return out
+    found: GenerateOutput = out
+    return found

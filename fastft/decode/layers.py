@@ -6,12 +6,15 @@ of `fastft.generate`, so training in place is seen by the next one.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
 from fastft.ops.int8_layer import Int8Linear, computing
 from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
@@ -80,7 +83,7 @@ def _own(module: nn.Module, what: str) -> None:
         raise Unfit(f"{what} has a forward of its own")
 
 
-def _child(module: nn.Module, name: str) -> nn.Module:
+def _child(module: nn.Module, name: str) -> ForeignModule:
     child = getattr(module, name)
     _own(child, name)
     return child
@@ -95,7 +98,9 @@ def _weight(tensor: Tensor, what: str) -> Tensor:
     return data
 
 
-def _stored(module: nn.Module, what: str, stored: bool) -> tuple[QuantizedWeight, Tensor | None]:
+def _stored(
+    module: ForeignModule, what: str, stored: bool
+) -> tuple[QuantizedWeight, Tensor | None]:
     """Weight (out, in) and bias of a plain linear layer or of GPT-2's Conv1D."""
     utils = sys.modules.get("transformers.pytorch_utils")
     transposed = utils is not None and type(module) is utils.Conv1D
@@ -103,8 +108,8 @@ def _stored(module: nn.Module, what: str, stored: bool) -> tuple[QuantizedWeight
     if isinstance(module, Int8Linear):
         # Its own numbers, whatever was asked to be stored: only whether inputs are rounded.
         rounds = stored and (held is None or held.stored.round_inputs)
-        bias = None if module.bias is None else _weight(module.bias, what)
-        return replace(module.stored, round_inputs=rounds), bias
+        own = None if module.bias is None else _weight(module.bias, what)
+        return replace(module.stored, round_inputs=rounds), own
     if type(module) is not nn.Linear and not transposed:
         raise Unfit(f"{what} is a {type(module).__name__}")
     weight = _weight(module.weight, what)
@@ -153,7 +158,7 @@ def read_linear(module: nn.Module, what: str, how: Reading) -> Linear:
     return Linear(held, bias, (_adapter(module, active[0], what) if active else None,))
 
 
-def _adapter(module: nn.Module, name: str, what: str) -> Adapter | None:
+def _adapter(module: ForeignModule, name: str, what: str) -> Adapter | None:
     if name not in module.lora_A:
         return None
     if name in module.lora_variant:
@@ -191,7 +196,7 @@ def _norm(module: nn.Module) -> tuple[Kind, NormWeight]:
     return Kind(eps, center), NormWeight(*read)
 
 
-def _activation(module, what: str) -> str:
+def _activation(module: nn.Module, what: str) -> str:
     from transformers.activations import ACT2FN
 
     for name, activation in _ACTIVATION_NAMES.items():
@@ -203,15 +208,16 @@ def _activation(module, what: str) -> str:
 
 
 def _named(module: nn.Module) -> set[str]:
-    """Names of the children that have parameters or children."""
+    """Names of the children that have parameters, numbers in their place, or children."""
     return {
         name
         for name, child in module._modules.items()
-        if child is not None and (child._parameters or child._modules)
+        if child is not None
+        and (child._parameters or child._modules or isinstance(child, Int8Linear))
     }
 
 
-def _window(attention: nn.Module) -> int | None:
+def _window(attention: ForeignModule) -> int | None:
     """Keys that a query sees, of the layer itself or, as in Mistral, of the configuration."""
     config = attention.config
     # Not caught by confirm, whose few tokens fit into most windows, and start at position 0.
@@ -219,9 +225,10 @@ def _window(attention: nn.Module) -> int | None:
         raise Unfit("queries scaled by their position")
     types = getattr(config, "layer_types", None)
     if set(types or ()) - {"full_attention", "sliding_attention"}:
-        raise Unfit(f"layers of types {sorted(set(types))}")
+        raise Unfit(f"layers of types {sorted(set(types or ()))}")
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
+        out: int | None = attention.sliding_window
+        return out
     if types and types[attention.layer_idx] == "full_attention":
         return None
     # A field that the configuration's class does not know is a leftover nobody reads.
@@ -229,7 +236,7 @@ def _window(attention: nn.Module) -> int | None:
     return config.sliding_window if declared else None
 
 
-def _llama_layer(layer: nn.Module, how: Reading) -> DecoderLayer:
+def _llama_layer(layer: ForeignModule, how: Reading) -> DecoderLayer:
     attention, mlp = _child(layer, "self_attn"), _child(layer, "mlp")
     if _named(attention) - _HEAD_NORMS not in _ATTENTION or _named(mlp) not in _MLP:
         raise Unfit(f"{type(layer).__name__} has other parts than a Llama layer")
@@ -246,7 +253,7 @@ def _llama_layer(layer: nn.Module, how: Reading) -> DecoderLayer:
     ]
     kind, attention_norm = _norm(layer.input_layernorm)
     other, mlp_norm = _norm(layer.post_attention_layernorm)
-    heads = {}
+    heads: dict[str, Any] = {}  # NormWeight
     for name, role in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
         module = getattr(attention, name, None)
         if module is not None:
@@ -267,7 +274,7 @@ def _llama_layer(layer: nn.Module, how: Reading) -> DecoderLayer:
     )  # fmt: skip
 
 
-def _gpt2_layer(block: nn.Module, how: Reading) -> DecoderLayer:
+def _gpt2_layer(block: ForeignModule, how: Reading) -> DecoderLayer:
     attention, mlp = _child(block, "attn"), _child(block, "mlp")
     if _named(attention) != {"c_attn", "c_proj"} or _named(mlp) != {"c_fc", "c_proj"}:
         raise Unfit(f"{type(block).__name__} has other parts than a GPT-2 block")
@@ -297,7 +304,7 @@ def draws_dropout(model: nn.Module) -> bool:
     return False
 
 
-def read(model: nn.Module, how: Reading = Reading(), dropout: bool = False) -> FusedModel:
+def read(model: ForeignModule, how: Reading = Reading(), dropout: bool = False) -> FusedModel:
     """The model as the fused step takes it; with `dropout`, as if it were in evaluation mode.
 
     Raises: Unfit that says why this model takes another path.
@@ -308,7 +315,7 @@ def read(model: nn.Module, how: Reading = Reading(), dropout: bool = False) -> F
         raise Unfit(f"{type(model).__name__} is made otherwise: {error}") from error
 
 
-def _read(model: nn.Module, how: Reading, dropout: bool) -> FusedModel:
+def _read(model: ForeignModule, how: Reading, dropout: bool) -> FusedModel:
     base = getattr(model, "model", None) or getattr(model, "transformer", None)
     head = model.get_output_embeddings()
     if base is None or head is None:
@@ -319,7 +326,8 @@ def _read(model: nn.Module, how: Reading, dropout: bool) -> FusedModel:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unfit(f"hooks on {type(module).__name__}")
     if hasattr(base, "layers") and hasattr(base, "rotary_emb"):
-        parts, read_layer, made_of = base.layers, _llama_layer, _LAYER
+        read_layer: Callable[[ForeignModule, Reading], DecoderLayer] = _llama_layer
+        parts, made_of = base.layers, _LAYER
         final, embedding, positions = base.norm, base.embed_tokens, None
         rotary = _child(base, "rotary_emb")
         if rotary.rope_type in ("dynamic", "longrope"):
@@ -352,7 +360,7 @@ def _read(model: nn.Module, how: Reading, dropout: bool) -> FusedModel:
     return FusedModel(tuple(layers), table, positions, rotary, final_norm, top, table.dtype)
 
 
-_confirmed: WeakKeyDictionary = WeakKeyDictionary()
+_confirmed: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def confirmed(model: nn.Module) -> bool:
@@ -360,7 +368,7 @@ def confirmed(model: nn.Module) -> bool:
     return _confirmed.get(model) == tuple(type(m) for m in model.modules())
 
 
-def confirm(model: nn.Module, fused: FusedModel, logits_of) -> None:
+def confirm(model: nn.Module, fused: FusedModel, logits_of: Callable[..., Tensor]) -> None:
     """Raises Unfit unless the model's own logits agree on a few tokens; asked once per model.
 
     logits_of(fused, ids) gives ours for the last position of each row. What a model stores in

@@ -7,6 +7,7 @@ transformers shows it; with drafts they see one row at a time.
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,15 @@ ROOM = 512
 class Run:
     """One call, from its prompts to its output."""
 
-    def __init__(self, model, prepared: Prepared, step, stats: Stats, speculation, seed):
+    def __init__(
+        self,
+        model: nn.Module,
+        prepared: Prepared,
+        step: Any,
+        stats: Stats,
+        speculation: Any,
+        seed: int | None,
+    ) -> None:
         self.given, self.step, self.stats = prepared, step, stats
         rows, width = prepared.input_ids.shape
         self.width = width
@@ -68,7 +77,7 @@ class Run:
                 f"model's {most} positions"
             )
 
-    def _cache(self, rows: int):
+    def _cache(self, rows: int) -> Any:
         given = self.given
         longest = max(map(len, given.prompts))
         room = longest + min(given.max_length - self.width, ROOM) + MOST
@@ -97,7 +106,7 @@ class Run:
         cache.reserve(room)
         return cache
 
-    def _drafts(self, model, speculation):
+    def _drafts(self, model: nn.Module, speculation: Any) -> Any:
         if speculation is None or not self.active:
             return None
         prompts = self.given.prompts
@@ -168,7 +177,7 @@ class Run:
                     self.drafts.drop(row)
         return new
 
-    def _draft(self):
+    def _draft(self) -> Any:
         """The drafts of this round by row, and their kinds."""
         offers = []
         for row in self.active:
@@ -184,7 +193,7 @@ class Run:
             self.lengths.observe_draft(max(lengths.values()), time.perf_counter() - started)
         return drafts, {row: kind for row, _, kind in offers}
 
-    def _verify(self, drafts, first: bool) -> dict[int, tuple[int, list[int]]]:
+    def _verify(self, drafts: dict[int, Any], first: bool) -> dict[int, tuple[int, list[int]]]:
         """Row -> how many drafted tokens are accepted, and the tokens it takes."""
         feed: list[list[int]] = [[] for _ in self.ends]
         for row in self.active:
@@ -203,7 +212,7 @@ class Run:
             self.lengths.observe_step(sum(map(len, feed)), time.perf_counter() - started)
         return taken
 
-    def _take(self, logits: Tensor, drafts) -> dict[int, tuple[int, list[int]]]:
+    def _take(self, logits: Tensor, drafts: dict[int, Any]) -> dict[int, tuple[int, list[int]]]:
         if not drafts:
             if self.drafts is None:
                 scores, tokens = self.chooser.together(
@@ -235,7 +244,9 @@ class Run:
             self._keep([row] * most, given[:most], own[row][:most])
         return taken
 
-    def _sample(self, scores, guesses, drafts) -> dict[int, tuple[int, list[int]]]:
+    def _sample(
+        self, scores: dict[int, Tensor], guesses: dict[int, list[int]], drafts: dict[int, Any]
+    ) -> dict[int, tuple[int, list[int]]]:
         """Accepts drafts by chance, all of one length at once; scores[row] (n + 1, vocabulary)."""
         taken = {}
         for n in sorted({len(guess) for guess in guesses.values()}):
@@ -288,16 +299,18 @@ class Run:
         self.stats.new_tokens = sum(self.ends) - self.width * len(self.ends)
         self.stats.cuda_graphs = getattr(self.step, "report", None)
         self.stats.measure_memory(self.step.device)
-        return GenerateOutput(
+        make: Any = GenerateOutput  # whose annotations say LongTensor, and one tensor a tuple
+        made: GenerateOutput = make(
             sequences=self.ids[:, : max(self.ends)],
             scores=self.scores and self.scores.columns(),
             logits=self.logits and self.logits.columns(),
             stats=self.stats,
             **{own_name(): self.cache if isinstance(self.cache, KVCache) else None},
         )
+        return made
 
 
-def draft_step(model: nn.Module):
+def draft_step(model: nn.Module) -> Any:
     """Raises: ValueError for a model that cannot draft."""
     try:
         return fused_step(model)

@@ -6,20 +6,22 @@ is masked. So a batch may be ragged, and a single row is rolled back without a t
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import cache_name
 from fastft.decode.layers import Unfit, draws_dropout
+from fastft.foreign import ForeignModule
 
 
 class ModuleCache:
     """A KVCache with even rows, and which of its slots count for each row."""
 
-    def __init__(self, layers: int, rows: int, capacity: int, device):
+    def __init__(self, layers: int, rows: int, capacity: int, device: torch.device) -> None:
         self.slots = KVCache(layers, capacity)
         self.valid = torch.zeros(rows, 0, dtype=torch.long, device=device)  # (rows, slots)
         self.lengths = [0] * rows
@@ -32,8 +34,7 @@ class ModuleCache:
             )
         surplus = self.lengths[row] - length
         if surplus:
-            used = self.valid[row].nonzero()[-surplus:, 0]
-            self.valid[row, used] = 0
+            self.valid[row, self.valid[row].nonzero()[-surplus:, 0]] = 0
         self.lengths[row] = length
         # Slots at the end that no row uses any more are given back.
         used = int(self.valid.any(0).nonzero().amax()) + 1 if any(self.lengths) else 0
@@ -45,7 +46,7 @@ class ModuleCache:
 # Other names of what `sliding_window` is; too wide for the few tokens of a trial.
 _WINDOWS = ("window_size", "attention_window_size", "attention_chunk_size")
 
-_confirmed: WeakKeyDictionary = WeakKeyDictionary()
+_confirmed: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class ModuleStep:
@@ -53,14 +54,15 @@ class ModuleStep:
 
     bit_exact = False
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: ForeignModule) -> None:
         config = model.config.get_text_config(decoder=True)
         taken = inspect.signature(type(model).forward).parameters
         if config.is_encoder_decoder or model.config.is_encoder_decoder:
             raise Unfit(f"{type(model).__name__} is an encoder-decoder model")
-        self.cache_name = cache_name(taken)
-        if model._is_stateful or self.cache_name is None or "attention_mask" not in taken:
+        name = cache_name(taken)
+        if model._is_stateful or name is None or "attention_mask" not in taken:
             raise Unfit(f"{type(model).__name__} keeps a state that cannot be rolled back")
+        self.cache_name = name
         if getattr(config, "sliding_window", None) and set(
             getattr(config, "layer_types", None) or ["sliding_attention"]
         ) != {"full_attention"}:
@@ -99,10 +101,10 @@ class ModuleStep:
             cache.roll_back(1, 2)
             ours = self(cache, [first[7:9], second[2:3]], keep=2)
             alone = (torch.tensor([row], device=self.device) for row in (first, second[:3]))
-            theirs = [model(input_ids=row, use_cache=False).logits[0].float() for row in alone]
+            states = [model(input_ids=row, use_cache=False).logits[0].float() for row in alone]
         except Exception as error:  # the forward of an unknown architecture
             raise Unfit(f"its modules cannot be tried: {type(error).__name__}: {error}") from error
-        theirs = torch.cat((theirs[0][-2:], theirs[1][-1:]))
+        theirs = torch.cat((states[0][-2:], states[1][-1:]))
         gap = float((ours - theirs).norm() / theirs.norm())
         limit = 1e-3 if next(model.parameters()).dtype is torch.float32 else 0.1
         if not gap <= limit:
@@ -117,7 +119,7 @@ class ModuleStep:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in new])
         fresh = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in new])
         valid = torch.cat((cache.valid, fresh.to(self.device)), 1)
-        kwargs = {self.cache_name: cache.slots}
+        kwargs: dict[str, Any] = {self.cache_name: cache.slots}
         if self.takes_positions:
             kwargs["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0)[:, -width:]
         if self.keeps_logits:

@@ -67,7 +67,7 @@ class Stats:
 class Kept:
     """Scores or logits of one call, collected by row and given by step as transformers does."""
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int) -> None:
         self.rows: list[list[Tensor]] = [[] for _ in range(rows)]  # of (vocabulary,)
         self.steps: list[Tensor] = []  # of (rows, vocabulary)
 
@@ -97,4 +97,5 @@ class Kept:
 class GenerateOutput(GenerateDecoderOnlyOutput):
     """transformers' `sequences`, `scores`, `logits` and cache, by its own name, and `stats`."""
 
+    sequences: torch.LongTensor = None  # type: ignore[assignment]  # always given
     stats: Stats | None = None

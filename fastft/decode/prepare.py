@@ -5,6 +5,7 @@ hands it to the callable: its documented extension point. What the loop does not
 here, with the reason.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.generation.stopping_criteria import (
 
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import NAMES, cache_in
+from fastft.foreign import ForeignModule
 
 # Arguments of a forward that the loop makes itself.
 _KNOWN = {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "cache_position", *NAMES}
@@ -45,7 +47,7 @@ class Prepared:
     cache: KVCache | None
 
 
-def inner_model(model: nn.Module) -> nn.Module:
+def inner_model(model: ForeignModule) -> ForeignModule:
     """The transformers model in a PeftModel whose adapters are injected into it."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if hasattr(model, "get_base_model"):
@@ -56,13 +58,16 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def own_generate(model: nn.Module):
+def own_generate(model: ForeignModule) -> Callable[..., Any]:
     """The generate of the class, whatever the instance has in its place."""
     model = getattr(model, "_orig_mod", model)
-    return type(model).generate.__get__(model)
+    out: Callable[..., Any] = type(model).generate.__get__(model)
+    return out
 
 
-def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any]) -> Prepared:
+def prepare(
+    model: ForeignModule, inputs: Any, generation_config: Any, kwargs: dict[str, Any]
+) -> Prepared:
     """Raises HandOver where transformers must serve the call, and what transformers raises."""
     kwargs = dict(kwargs)
     for name in ("assistant_model", "synced_gpus", "custom_generate", "inputs_embeds",
@@ -99,8 +104,13 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
     captured = []
 
     def capture(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-    ):
+        model: nn.Module,
+        input_ids: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> None:
         captured.append(
             (input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         )
@@ -152,7 +162,7 @@ def prepare(model: nn.Module, inputs, generation_config, kwargs: dict[str, Any])
     )  # fmt: skip
 
 
-def _stop_strings(model: nn.Module, config, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _stop_strings(model: ForeignModule, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """generate gives a callable no tokenizer, so the criterion for stop strings is made here."""
     tokenizer = kwargs.pop("tokenizer", None)
     strings = kwargs.pop("stop_strings", None)
@@ -169,7 +179,7 @@ def _stop_strings(model: nn.Module, config, kwargs: dict[str, Any]) -> dict[str,
     return kwargs | {"stopping_criteria": criteria}
 
 
-def _check_ids(model: nn.Module, inputs) -> None:
+def _check_ids(model: ForeignModule, inputs: Any) -> None:
     if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.dtype not in _IDS:
         got = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else inputs
         got = got if isinstance(inputs, Tensor) else type(inputs).__name__

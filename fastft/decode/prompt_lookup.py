@@ -35,7 +35,7 @@ class PromptLookup:
     A row is any integer, and begins empty.
     """
 
-    def __init__(self, ngram: tuple[int, int] = (4, 2)):
+    def __init__(self, ngram: tuple[int, int] = (4, 2)) -> None:
         largest, smallest = ngram
         if not 1 <= smallest <= largest:
             raise ValueError(f"ngram: expected (largest, smallest), both from 1 up, got {ngram}")

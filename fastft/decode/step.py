@@ -7,6 +7,7 @@ Two kinds with one interface: `FusedStep` computes whole layers per operator cal
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +31,22 @@ def last(states: Iterator[Tensor]) -> Tensor:
 class FusedStep:
     """On the CPU every width gives the same bits: a token's logits depend on its row alone."""
 
+    adapter_of: Tensor | None
+
     def __init__(
         self,
         model: nn.Module,
         adapter_names: Sequence[str] | None = None,
         stored: bool = True,
-    ):
+    ) -> None:
         """adapter_names: one per row, "__base__" for none; None: the active adapter for all.
         stored: read the quantised copies of weights where there are any.
 
         Raises: layers.Unfit.
         """
-        names = None if adapter_names is None else tuple(dict.fromkeys(adapter_names))
-        names = None if names is None else tuple(n for n in names if n != "__base__")
-        self._set(reading.read(model, reading.Reading(names, stored)))
+        names = tuple(n for n in dict.fromkeys(adapter_names or ()) if n != "__base__")
+        chosen_from = None if adapter_names is None else names
+        self._set(reading.read(model, reading.Reading(chosen_from, stored)))
         self.model = model
         if adapter_names is not None:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
@@ -99,7 +102,7 @@ class FusedStep:
                 kept[row] = [torch.cat([*kept[row], own])[-keep:]]
         return self._head(torch.cat([rows[0] for rows in kept]))
 
-    def logits(self, hidden: Tensor, new, keep: int) -> Tensor:
+    def logits(self, hidden: Tensor, new: Sequence[Sequence[int]], keep: int) -> Tensor:
         """From the hidden states of all new tokens (tokens, hidden), those of the last `keep`."""
         if keep < max(map(len, new), default=0):
             ends = list(itertools.accumulate(map(len, new)))
@@ -117,7 +120,9 @@ class FusedStep:
     def _hidden(self, cache: KVCache, new: Sequence[Sequence[int]]) -> Tensor:
         """Appends each row's new tokens; (tokens, hidden) behind the last layer."""
         placed, lengths = self._tensors(cache, new)
-        x, tokens = self._enter(*placed, max(map(len, new), default=0))
+        ids, positions, cu_seqlens, slots = placed
+        queries = max(map(len, new), default=0)
+        x, tokens = self._enter(ids, positions, cu_seqlens, slots, queries)
         # An early exit has fewer layers than the cache it shares.
         held = cache.layers[: len(self.fused.layers)]
         keys, values = [own.keys for own in held], [own.values for own in held]
@@ -128,16 +133,20 @@ class FusedStep:
     def states(self, cache: KVCache, new: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Appends each row's new tokens; yields (tokens, hidden) behind each layer in turn."""
         placed, lengths = self._tensors(cache, new)
-        yield from self._states(cache, *placed, max(map(len, new), default=0))
+        ids, positions, cu_seqlens, slots = placed
+        queries = max(map(len, new), default=0)
+        yield from self._states(cache, ids, positions, cu_seqlens, slots, queries)
         cache.set_lengths(lengths)
 
-    def _tensors(self, cache: KVCache, new) -> tuple[tuple[Tensor, ...], list[int]]:
+    def _tensors(self, cache: KVCache, new: Sequence[Sequence[int]]) -> tuple[Any, list[int]]:
         """What _place gives, on the device in one transfer."""
         placed, lengths = self._place(cache, new)
         numbers = torch.tensor([*itertools.chain(*placed)], dtype=torch.int32, device=self.device)
         return numbers.split([len(part) for part in placed]), lengths
 
-    def _place(self, cache: KVCache, new) -> tuple[tuple[list[int], ...], list[int]]:
+    def _place(
+        self, cache: KVCache, new: Sequence[Sequence[int]]
+    ) -> tuple[tuple[list[int], ...], list[int]]:
         """Token ids, their positions, cu_seqlens and lengths, as _states takes them; the cache has
         room for them then. And the lengths again, to set when it holds them."""
         before, counts = cache.lengths, [len(row) for row in new]
@@ -162,10 +171,12 @@ class FusedStep:
             x = decoder_layer(x, layer, held.keys, held.values, tokens)
             yield x
 
-    def _enter(self, ids, positions, cu_seqlens, lengths, queries: int) -> tuple[Tensor, Tokens]:
+    def _enter(
+        self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, lengths: Tensor, queries: int
+    ) -> tuple[Tensor, Tokens]:
         """What the first layer is given."""
         cos, sin = self.angles or (None, None)
-        if cos is not None:
+        if cos is not None and sin is not None:
             cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
         tokens = Tokens(cu_seqlens, lengths, queries, cos, sin, self.adapter_of)
         return self._embed(ids, positions), tokens

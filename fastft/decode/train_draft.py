@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class DraftTrainer:
     Raises: ValueError for a model the fused step does not cover, or a head of another model.
     """
 
-    def __init__(self, model: nn.Module | FusedStep, head: ExitHead, lr: float = 2e-3):
+    def __init__(self, model: nn.Module | FusedStep, head: ExitHead, lr: float = 2e-3) -> None:
         self.target = model if isinstance(model, FusedStep) else fused_step(model)
         check_fits(head, self.target)
         self.head = head.to(self.target.device)
@@ -103,7 +104,7 @@ class DraftTrainer:
 
 def train_draft(
     model: nn.Module,
-    data: Iterable,
+    data: Iterable[Any],
     *,
     exit_layer: int | None = None,
     rank: int = 64,
@@ -172,7 +173,7 @@ def fused_step(model: nn.Module) -> FusedStep:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -182,7 +183,7 @@ def _evaluating(model: nn.Module):
             module.training = training
 
 
-def _read(data: Iterable, longest: int, tokens: int) -> Iterator[Row]:
+def _read(data: Iterable[Any], longest: int, tokens: int) -> Iterator[Row]:
     """The texts of data, until they hold so many tokens."""
     for item in data:
         for row in _rows(item):
@@ -194,7 +195,7 @@ def _read(data: Iterable, longest: int, tokens: int) -> Iterator[Row]:
             return
 
 
-def _rows(item) -> Iterator[Row]:
+def _rows(item: Any) -> Iterator[Row]:
     given = item if isinstance(item, Mapping) else {"input_ids": item}
     if "input_ids" not in given:
         raise ValueError(f"data: expected dicts with input_ids, got one with {sorted(given)}")
@@ -236,7 +237,8 @@ def _batches(rows: list[Row], tokens: int, seed: int) -> Iterator[list[Row]]:
     """Without end: the rows in random order, as many at a time as hold so many tokens."""
     random = Random(seed)
     while True:
-        batch, held = [], 0
+        batch: list[Row] = []
+        held = 0
         for row in random.sample(rows, len(rows)):
             if batch and held + len(row.ids) > tokens:
                 yield batch
@@ -247,7 +249,7 @@ def _batches(rows: list[Row], tokens: int, seed: int) -> Iterator[list[Row]]:
 
 
 @torch.no_grad()
-def _states(step: FusedStep, batch: list[Row], exit_layer: int):
+def _states(step: FusedStep, batch: list[Row], exit_layer: int) -> Any:
     """Of the wanted positions: hidden states at the exit, and the model's logits of a slice."""
     ids = [row.ids for row in batch]
     wanted = torch.tensor([w for row in batch for w in row.wanted], device=step.device)

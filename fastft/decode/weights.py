@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.layers import DECODE_WEIGHT, weight_of
+from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import Int8Linear, int8_layers
 from fastft.ops.quantized_linear import QuantizedWeight, quantize
 
@@ -57,11 +58,12 @@ class DecodeWeight:
         a weight of which only others were written by hand needs `fastft.patch` again.
         """
         probe = _probe(weight)
-        if not torch.equal(probe, self.probe):
-            fresh = DecodeWeight.of(weight, self.kind)
-            self.stored.values.copy_(fresh.stored.values)
-            self.stored.scale.copy_(fresh.stored.scale)
-            self.probe = fresh.probe
+        if self.probe is None or not torch.equal(probe, self.probe):
+            fresh = DecodeWeight.of(weight, self.kind).stored
+            self.stored.values.copy_(fresh.values)
+            if self.stored.scale is not None and fresh.scale is not None:
+                self.stored.scale.copy_(fresh.scale)
+            self.probe = probe
         return self.stored
 
 
@@ -107,7 +109,7 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"decode_weights: expected one of {list(KINDS)} or None, got {kind!r}")
 
 
-def store(model: nn.Module, kind: str) -> dict[tuple[str, str], int]:
+def store(model: ForeignModule, kind: str) -> dict[tuple[str, str], int]:
     """Gives every linear layer of a causal language model a copy; (class, kind) -> how many.
 
     A layer whose inputs are no whole groups gets int8, and so does the head: in int4 it would

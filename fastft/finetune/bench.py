@@ -3,11 +3,11 @@
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastft.finetune import UserError, need, table
 from fastft.finetune.config import Config, option
-from fastft.finetune.train import LEARNING_RATES
+from fastft.finetune.train import Method
 
 Work = Literal["train", "predict", "decode"]
 SIDES = ("eager", "patched")
@@ -32,7 +32,7 @@ class BenchConfig(Config):
         None, "what is timed: train (a step), predict (without gradients), decode (one row, "
         "greedy); default: train and, of lm and sft, decode, of the others predict"
     )  # fmt: skip
-    method: Literal[tuple(LEARNING_RATES)] = option("lora", "which weights are trained")
+    method: Method = option("lora", "which weights are trained")
     rank: int = option(8, "lora, dora, qlora: rank of the update", least=1)
     batch_size: int = option(8, "rows of a step", least=1)
     max_length: int | None = option(
@@ -74,7 +74,7 @@ class BenchConfig(Config):
 class BenchResult:
     """metrics: by work the seconds of each side's turns, their ratio, memory and agreement."""
 
-    metrics: dict
+    metrics: dict[str, Any]
     output: Path | None = None
 
 
@@ -99,7 +99,7 @@ def bench(config: BenchConfig) -> BenchResult:
     assets.say("comparing results")
     agreement = bench_works.compare(material, config)
     models, report = bench_works.sides(material, config)
-    metrics = {
+    metrics: dict[str, Any] = {
         "settings": asdict(config),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -131,7 +131,7 @@ def bench(config: BenchConfig) -> BenchResult:
     return BenchResult(metrics, target)
 
 
-def text(metrics: dict) -> str:
+def text(metrics: dict[str, Any]) -> str:
     """The table, and what was compared."""
     rows = [["", "eager", "fastft", "ratio", "MB, eager", "MB, fastft"]]
     for work, found in metrics["works"].items():

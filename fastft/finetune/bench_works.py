@@ -12,6 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from fastft.finetune import (
 )
 from fastft.finetune.bench import SIDES, BenchConfig
 from fastft.finetune.train import TrainConfig
+from fastft.foreign import ForeignModule
 from fastft.patch import patch, verify
 
 # Rows that are read for each that is used: some are too long, packed ones hold several.
@@ -102,7 +104,7 @@ def compare(material: Material, config: BenchConfig) -> dict[str, float]:
     apart = {"loss": found.loss, "logits": found.logits, "gradients": gradient}
     if material.prompts:
         apart["tokens"] = _below(material.model, material.prompts[0])
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=apart.__getitem__)
     if not found.ok or apart[worst] > found.tolerance:
         said = found.remarks or [
             f"{worst} by {apart[worst]:.1e}, where {found.tolerance:g} is accepted"
@@ -119,7 +121,7 @@ def sides(material: Material, config: BenchConfig) -> tuple[dict[str, nn.Module]
 
 def in_turns(
     models: dict[str, nn.Module], material: Material, config: BenchConfig, work: str
-) -> dict:
+) -> dict[str, Any]:
     """seconds: of each side's turns, without the first; ratio: the median of eager's over ours."""
     works = {side: _works(model, side, material, config)[work] for side, model in models.items()}
     seconds: dict[str, list[float]] = {side: [] for side in models}
@@ -136,7 +138,7 @@ def in_turns(
 
 
 def _works(
-    model: nn.Module, side: str, material: Material, config: BenchConfig
+    model: ForeignModule, side: str, material: Material, config: BenchConfig
 ) -> dict[str, Callable[[int], None]]:
     """What a side does in turn i."""
     half = torch.autocast(_device().type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -172,11 +174,12 @@ def _patch(model: nn.Module, config: BenchConfig) -> str:
     return str(patch(model, base_weights=base, decode_weights=stored))
 
 
-def _prompt(row: dict) -> list[int]:
+def _prompt(row: dict[str, Any]) -> list[int]:
     """What comes before the first learned token; where all are learned, the first half."""
     ids, labels = row["input_ids"], row["labels"]
     first = next((i for i, label in enumerate(labels) if label != data.IGNORED), 0)
-    return ids[: first or max(1, len(ids) // 2)]
+    out: list[int] = ids[: first or max(1, len(ids) // 2)]
+    return out
 
 
 def _check_lengths(model: nn.Module, prompts: list[Tensor], more: int) -> None:
@@ -206,8 +209,8 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 
 
 def _device() -> torch.device:
-    gpu = torch.accelerator.is_available()
-    return torch.accelerator.current_accelerator() if gpu else torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else found
 
 
 def _wait() -> None:
@@ -215,7 +218,7 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-def _peak(config: BenchConfig, work: str, side: str) -> dict:
+def _peak(config: BenchConfig, work: str, side: str) -> dict[str, Any]:
     """Bytes: the process's peak after one turn on the largest batch, and before it."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -228,7 +231,7 @@ def _peak(config: BenchConfig, work: str, side: str) -> dict:
     return {"peak": memory_use.peak(), "before": before}
 
 
-def main(order: dict) -> None:
+def main(order: dict[str, Any]) -> None:
     found = _peak(BenchConfig(**order["settings"]), order["work"], order["side"])
     print("\n" + json.dumps(found))
 

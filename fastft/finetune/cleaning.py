@@ -46,7 +46,8 @@ def repair(fix: bool, normalization: Normalization) -> Callable[[str], str]:
         # JSON can hold half a character (a lone surrogate), which no file can.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if fix:
-            return ftfy.fix_text(text, settings)
+            out: str = ftfy.fix_text(text, settings)
+            return out
         return unicodedata.normalize(form, text) if form else text
 
     return repaired

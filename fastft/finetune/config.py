@@ -10,15 +10,32 @@ import argparse
 import difflib
 import inspect
 import types
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from fastft.finetune import UserError
 
 
-def option(default: Any = MISSING, help: str = "", *, least=None, most=None, above=None) -> Any:
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> Any:
     """A dataclass field with a help text and the bounds of its value; required without default."""
     bounds = {"least": least, "most": most, "above": above}
     metadata = {"help": help, "bounds": {k: v for k, v in bounds.items() if v is not None}}
@@ -37,7 +54,7 @@ class Config:
     # The field, a list of texts, that has `key: [..]` of a file's lists for fields of one value.
     LISTS: ClassVar[str | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for item in fields(self):
             value = getattr(self, item.name)
@@ -79,8 +96,8 @@ def read(kind: type[Kind], command: str, arguments: list[str]) -> Kind:
     given = [*(_flags_of(files[0], kind) if files else []), *flags]
     values, rest = _parser(kind, command).parse_known_args(given)
     if rest:
-        rest = rest[0].removeprefix(ESCAPE)
-        raise UserError(f"unexpected argument {rest!r}; `fastft {command} --help` lists them")
+        extra = rest[0].removeprefix(ESCAPE)
+        raise UserError(f"unexpected argument {extra!r}; `fastft {command} --help` lists them")
     return kind(**vars(values))
 
 
@@ -116,7 +133,7 @@ def _unescaped(hint: type) -> Callable[[str], Any]:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         shown = message.replace(repr(ESCAPE)[1:-1], "").replace(ESCAPE, "")
         raise UserError(shown.removeprefix("argument "))
 
@@ -152,7 +169,7 @@ def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _default_of(item) -> Any:
+def _default_of(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
@@ -170,7 +187,12 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
-        raise UserError(f"{path}: not YAML{line}: {getattr(error, 'problem', error)}") from None
+        why = str(getattr(error, "problem", error)).splitlines()[0]
+        raise UserError(f"{path}: not YAML{line}: {why}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected lines of `key: value`") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise UserError(f"{path}: a value that YAML cannot read: {error}") from None
     if not isinstance(held, dict):
         raise UserError(f"{path}: expected lines of `key: value`")
     flags, known, hints = [], {f.name: f for f in fields(kind)}, get_type_hints(kind)
@@ -200,13 +222,13 @@ def _flags_of(path: str, kind: type[Config]) -> list[str]:
             flags += [flag, *(_value(str(v)) for v in value)]
         else:
             flags.append(f"{flag}={value}")  # joined: no value is taken for a flag of its own
-    if lists:
+    if lists and kind.LISTS is not None:
         held = [str(entry) for entry in held.get(kind.LISTS) or ()]
         flags += [f"--{kind.LISTS.replace('_', '-')}", *held, *lists]
     return flags
 
 
-def _unknown(shown: str, name: str, known: set[str], flag: bool = False) -> UserError:
+def _unknown(shown: str, name: str, known: Iterable[str], flag: bool = False) -> UserError:
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     if not near:
         return UserError(f"{shown}: no such setting")
@@ -214,12 +236,12 @@ def _unknown(shown: str, name: str, known: set[str], flag: bool = False) -> User
     return UserError(f"{shown}: no such setting; did you mean {meant}?")
 
 
-def alternatives(hint) -> tuple:
+def alternatives(hint: Any) -> tuple[Any, ...]:
     """The types that a field may have."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _is(value: Any, hint) -> bool:
+def _is(value: Any, hint: Any) -> bool:
     for one in alternatives(hint):
         if get_origin(one) is Literal:
             fits = value in get_args(one)
@@ -236,11 +258,11 @@ def _is(value: Any, hint) -> bool:
     return False
 
 
-def _floats(hint) -> bool:
+def _floats(hint: Any) -> bool:
     return float in alternatives(hint) and int not in alternatives(hint)
 
 
-def _named(hint) -> str:
+def _named(hint: Any) -> str:
     names = []
     for one in alternatives(hint):
         if get_origin(one) is Literal:
@@ -252,7 +274,7 @@ def _named(hint) -> str:
     return " or ".join(names)
 
 
-def _check_bounds(item, value: Any) -> None:
+def _check_bounds(item: Field[Any], value: Any) -> None:
     bounds = item.metadata.get("bounds", {})
     for one in value if isinstance(value, list) else [value]:
         if one is None:

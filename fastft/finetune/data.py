@@ -5,11 +5,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastft.finetune import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -44,29 +48,29 @@ def question(record: dict[str, str]) -> str:
     return "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
 
 
-def prompt_of(record: dict[str, str], tokenizer) -> str:
+def prompt_of(record: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> str:
     """The text up to where the model answers, in its chat template or in alpaca's own form."""
     if tokenizer.chat_template is None:
         return f"### Instruction:\n{question(record)}\n\n### Response:\n"
     messages = [{"role": "user", "content": question(record)}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def answer_of(record: dict[str, str], tokenizer, prompt: str) -> str:
+def answer_of(record: dict[str, str], tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
     """The text the model is to produce, with whatever ends a turn."""
     if tokenizer.chat_template is not None:
         messages = [
             {"role": "user", "content": question(record)},
             {"role": "assistant", "content": record["output"]},
         ]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
         # Some templates rewrite the turns before the last: then the answer is not a suffix.
         if whole.startswith(prompt):
             return whole[len(prompt) :]
     return record["output"] + (tokenizer.eos_token or "")
 
 
-def encode(record: dict[str, str], tokenizer) -> Example:
+def encode(record: dict[str, str], tokenizer: "PreTrainedTokenizerBase") -> Example:
     """ids and labels of one record; only the answer is labelled."""
     prompt = prompt_of(record, tokenizer)
     # Tokenized apart, so that the first token of the answer is the one seen in generation.
@@ -96,9 +100,10 @@ def shuffled(count: int, seed: int) -> list[int]:
     return order
 
 
-def pad_id(tokenizer) -> int:
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """Any id will do where nothing is attended to and nothing is labelled."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
-            return token
+            out: int = token
+            return out
     return 0

@@ -12,11 +12,13 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.finetune import UserError, assets, data, demo_report, floor, fresh
+from fastft.foreign import ForeignModule
 
 LEARNING_RATE = 5e-4
 SIDES = ("eager", "patched")
@@ -50,7 +52,7 @@ class Curve:
 class Task:
     """The tokenizer, the batches to train on, and what is held out to ask about."""
 
-    tokenizer: object
+    tokenizer: Any
     batches: list[dict[str, Tensor]]
     held_out: list[dict[str, str]]
 
@@ -94,14 +96,16 @@ def load_task(settings: Settings) -> Task:
     return Task(tokenizer, batches, [record for record, _ in chosen[trained:]])
 
 
-def load_base(settings: Settings) -> nn.Module:
+def load_base(settings: Settings) -> ForeignModule:
     """The frozen model, in float32: what a CPU is fastest in."""
     from transformers import AutoModelForCausalLM
 
-    return _from_hub(AutoModelForCausalLM, settings.model, dtype=torch.float32)
+    return _from_hub(
+        AutoModelForCausalLM, settings.model, dtype=torch.float32, use_safetensors=True
+    )
 
 
-def load_lora(settings: Settings) -> nn.Module:
+def load_lora(settings: Settings) -> ForeignModule:
     """The model with fresh LoRA adapters; the same weights for the same seed."""
     from peft import LoraConfig, get_peft_model
 
@@ -111,9 +115,9 @@ def load_lora(settings: Settings) -> nn.Module:
     return get_peft_model(base, config).train()
 
 
-def _from_hub(kind, name: str, **options):
+def _from_hub(kind: Any, name: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(name, **options)
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         # transformers' own first sentence says what it was: no such name, no network, no such file.
         reason = str(error).strip().splitlines()[0]
@@ -125,16 +129,17 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict) -> float:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:
     """One optimizer step; the loss."""
     loss = model(**batch).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    out: float = loss.item()
+    return out
 
 
-def train(models: dict[str, nn.Module], batches: list) -> dict[str, Curve]:
+def train(models: dict[str, nn.Module], batches: list[Any]) -> dict[str, Curve]:
     """Every model over the same batches, in turns, one step each."""
     from tqdm import tqdm
 
@@ -152,13 +157,13 @@ def train(models: dict[str, nn.Module], batches: list) -> dict[str, Curve]:
     return curves
 
 
-def in_fresh_process(job: str, settings: Settings, **more) -> dict:
+def in_fresh_process(job: str, settings: Settings, **more: Any) -> dict[str, Any]:
     """Runs fastft.finetune.demo_worker's job; its result."""
     order = {"job": job, "settings": asdict(settings), **more}
     return fresh.run("fastft.finetune.demo_worker", order)
 
 
-def run(settings: Settings) -> dict:
+def run(settings: Settings) -> dict[str, Any]:
     """The whole demo; prints its table and returns what metrics.json holds."""
     from fastft.patch import patch
 
@@ -187,7 +192,7 @@ def run(settings: Settings) -> dict:
     assets.say("the adapter, reloaded in a fresh process")
     answers = in_fresh_process("answer", settings, adapter=str(adapter))
 
-    metrics = {
+    metrics: dict[str, Any] = {
         "settings": asdict(asked),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -208,7 +213,7 @@ def run(settings: Settings) -> dict:
     return metrics
 
 
-def summary(metrics: dict) -> dict:
+def summary(metrics: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the table. The first step of each side warms up and is not timed."""
     timed = slice(1, None) if len(metrics["tokens"]) > 1 else slice(None)
     tokens = sum(metrics["tokens"][timed])

@@ -1,9 +1,10 @@
 """The demo's table and picture, from the values of metrics.json."""
 
 from pathlib import Path
+from typing import Any
 
 
-def text(metrics: dict, output: Path) -> str:
+def text(metrics: dict[str, Any], output: Path) -> str:
     """The table, both answers, and where the files are."""
     found, memory = metrics["summary"], metrics["memory"]
     speed, floor = found["tokens_per_second"], found["floor_tokens_per_second"]
@@ -33,16 +34,16 @@ def text(metrics: dict, output: Path) -> str:
     return "\n" + "\n".join(lines)
 
 
-def _row(name: str, values: dict, form: str, note: str) -> tuple:
+def _row(name: str, values: dict[str, Any], form: str, note: str) -> tuple[Any, ...]:
     return (name, *(form.format(values[side]) for side in ("eager", "patched")), note)
 
 
-def _memory(name: str, memory: dict, of) -> tuple:
+def _memory(name: str, memory: dict[str, Any], of: Any) -> tuple[Any, ...]:
     values = {side: of(found) / 2**20 for side, found in memory.items()}
     return _row(name, values, "{:.0f} MiB", f"{values['eager'] / max(values['patched'], 1):.2f}x")
 
 
-def _conditions(metrics: dict) -> str:
+def _conditions(metrics: dict[str, Any]) -> str:
     tokens, slots, labelled = (sum(metrics[key]) for key in ("tokens", "slots", "labelled"))
     rates = metrics["rates"]
     return (
@@ -54,7 +55,7 @@ def _conditions(metrics: dict) -> str:
     )
 
 
-def _answers(answers: dict) -> list[str]:
+def _answers(answers: dict[str, Any]) -> list[str]:
     lines = [f"asked (held out): {answers['question']}"]
     for when in ("before", "after"):
         found = answers[when]
@@ -62,7 +63,7 @@ def _answers(answers: dict) -> list[str]:
     return lines
 
 
-def plot(metrics: dict, path: Path) -> None:
+def plot(metrics: dict[str, Any], path: Path) -> None:
     """Both loss curves, and the seconds of each step over the floor."""
     from matplotlib.figure import Figure
 

@@ -5,13 +5,16 @@ ORDER is JSON with a job and the demo's settings; the result is the last line of
 
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fastft.finetune import data, demo, memory_use
+from fastft.foreign import ForeignModule
 
 
-def memory(settings: demo.Settings, side: str) -> dict:
+def memory(settings: demo.Settings, side: str) -> dict[str, Any]:
     """Peak of one side over a step on the largest batch, and what the process held before it."""
     task = demo.load_task(settings)
     model = demo.load_lora(settings)
@@ -27,7 +30,7 @@ def memory(settings: demo.Settings, side: str) -> dict:
 
 
 @torch.inference_mode()
-def answer(settings: demo.Settings, adapter: str) -> dict:
+def answer(settings: demo.Settings, adapter: str) -> dict[str, Any]:
     """The held-out loss and one answer, of the model as it came and with the saved adapter."""
     from peft import PeftModel
 
@@ -38,7 +41,7 @@ def answer(settings: demo.Settings, adapter: str) -> dict:
     prompt = data.prompt_of(task.held_out[0], task.tokenizer)
     ids = task.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
 
-    def ask(model) -> dict:
+    def ask(model: ForeignModule) -> dict[str, Any]:
         out = model.generate(
             **ids,
             max_new_tokens=48,
@@ -54,11 +57,11 @@ def answer(settings: demo.Settings, adapter: str) -> dict:
     return {"question": data.question(task.held_out[0]), "before": before, "after": after}
 
 
-def main(order: dict) -> None:
+def main(order: dict[str, Any]) -> None:
     settings = demo.Settings(**order.pop("settings"))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    job = {"memory": memory, "answer": answer}[order.pop("job")]
+    job: Callable[..., Any] = {"memory": memory, "answer": answer}[order.pop("job")]
     print("\n" + json.dumps(job(settings, **order)))
 
 

@@ -6,16 +6,20 @@ import time
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import memory_use, methods, run_folder, running, table, trainer
 from fastft.finetune.data import IGNORED
 from fastft.finetune.train import RunResult, TrainConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SHOWN = 3  # examples
 LONGEST = 400  # characters of a part
 
 
-def show(config: TrainConfig, rows: dict) -> RunResult:
+def show(config: TrainConfig, rows: dict[str, Any]) -> RunResult:
     """Prints settings, examples and estimates; trains nothing and writes nothing."""
     from fastft.finetune import examples
 
@@ -36,10 +40,12 @@ def show(config: TrainConfig, rows: dict) -> RunResult:
     return RunResult(Path(config.output), found)
 
 
-def masked(row: dict, tokenizer, names: list[str] | None) -> str:
+def masked(
+    row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", names: list[str] | None
+) -> str:
     """An example's text beside what is learned of it: a class, tags, or the tokens marked >."""
     ids, labels = row["input_ids"], row["labels"]
-    if not isinstance(labels, list):
+    if not isinstance(labels, list) and names is not None:
         return f"  {tokenizer.decode(ids)[:LONGEST]}\n> {names[labels]}"
     if names is not None and len(labels) != len(ids):
         chosen = [name for name, label in zip(names, labels, strict=True) if label]
@@ -53,12 +59,12 @@ def masked(row: dict, tokenizer, names: list[str] | None) -> str:
         )[: 4 * LONGEST]
     lines = []
     for learned, part in groupby(tokens, key=lambda token: token[1] != IGNORED):
-        text = tokenizer.decode([token for token, _ in part])[:LONGEST]
+        text = str(tokenizer.decode([token for token, _ in part]))[:LONGEST]
         lines += [f"{'>' if learned else ' '} {line}" for line in text.splitlines() or [""]]
     return "\n".join(lines)
 
 
-def estimate(prepared: running.Prepared) -> dict:
+def estimate(prepared: running.Prepared) -> dict[str, Any]:
     """Steps, seconds and bytes of a run, from a forward and backward pass over two batches.
 
     Seconds leave out evaluation and the optimizer's own; activations are those of the longest rows.
@@ -66,7 +72,7 @@ def estimate(prepared: running.Prepared) -> dict:
     config, train = prepared.config, prepared.datasets["train"]
     with tempfile.TemporaryDirectory() as folder:  # Trainer makes one
         apart = replace(config, output=folder)
-        trains = trainer.build_trainer(
+        trains: Any = trainer.build_trainer(
             apart, prepared.model, prepared.tokenizer, prepared.datasets, prepared.loss,
             prepared.added,
         )  # fmt: skip
@@ -92,7 +98,7 @@ def estimate(prepared: running.Prepared) -> dict:
     }
 
 
-def _pass(trains, batch: dict) -> None:
+def _pass(trains: Any, batch: dict[str, Any]) -> None:
     model = trains.model.train()
     with trains.compute_loss_context_manager():
         loss = trains.compute_loss(model, trains._prepare_inputs(batch))
@@ -100,7 +106,7 @@ def _pass(trains, batch: dict) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _lines(found: dict) -> list[list]:
+def _lines(found: dict[str, Any]) -> list[list[Any]]:
     megabytes = {name: n / 2**20 for name, n in found["memory_bytes"].items()}
     return [
         ["estimate", ""],

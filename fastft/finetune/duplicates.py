@@ -3,12 +3,12 @@
 A signature holds, of each of many random orders of all shingles, the first that the text has; two
 texts agree in a share of them that estimates the Jaccard similarity of their shingles, |A ∩ B| /
 |A ∪ B| (Broder 1997). Locality-sensitive hashing finds the candidates (Leskovec et al., Mining of
-Massive Datasets, chapter 3). A text takes about 4 KB of memory, with exact duplicates alone 0.1.
+Massive Datasets, chapter 3). A text takes about 5 KB of memory, with exact duplicates alone 0.1.
 """
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,50 +35,65 @@ class Match:
     of: int
 
 
+@dataclass(frozen=True, slots=True)
+class Print:
+    """What is kept of a text."""
+
+    digest: bytes
+    signature: Any  # datasketch.MinHash, or None
+
+
 class Duplicates:
     """The texts seen so far. near None: only what is equal to the letter is a duplicate."""
 
-    def __init__(self, near: Near | None):
+    def __init__(self, near: Near | None) -> None:
         self._near = near
         self._digests: dict[bytes, int] = {}
         if near is not None:
             datasketch = need("datasketch", "finding near duplicates")
             # Copies of one share its random orders, which take longer to draw than a signature.
             self._empty = datasketch.MinHash(near.permutations, hashfunc=_itself)
-            self._index = datasketch.MinHashLSH(near.threshold, near.permutations)
+            # By its usual weights the index would miss half of the pairs at the threshold, and a
+            # fifth of those 0.05 above it.
+            self._index = datasketch.MinHashLSH(
+                near.threshold, near.permutations, weights=(0.05, 0.95)
+            )
             self._signatures: dict[int, np.ndarray] = {}
 
-    def find(self, text: str, number: int) -> Match | None:
-        """The earlier text that this one repeats; if there is none, it is remembered as `number`.
-
-        Duplicates are not remembered: what is like one, but not like its first, is its own first.
-        """
+    def print(self, text: str) -> Print:
         digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-        if digest in self._digests:
-            return Match("duplicate", self._digests[digest])
-        if self._near is not None:
-            signature = self._signature(text)
-            match = self._nearest(signature)
-            if match is not None:
-                return Match("near duplicate", match)
-            self._index.insert(number, signature)
-            self._signatures[number] = signature.hashvalues
-        self._digests[digest] = number
-        return None
+        if self._near is None or digest in self._digests:
+            return Print(digest, None)
+        return Print(digest, self._signature(text, self._near.shingle))
 
-    def _nearest(self, signature) -> int | None:
-        """The most similar of the candidates, of which some are less similar than asked for."""
+    def find(self, print: Print) -> list[Match]:
+        """The remembered texts that this one repeats, nearest first; one that is equal alone."""
+        if print.digest in self._digests:
+            return [Match("duplicate", self._digests[print.digest])]
+        if print.signature is None:
+            return []
+        assert self._near is not None  # else there is no signature
+        near = self._near_ones(print.signature, self._near.threshold)
+        return [Match("near duplicate", number) for number in near]
+
+    def remember(self, print: Print, number: int) -> None:
+        """A text that is equal to none before it, by the number that matches name."""
+        self._digests[print.digest] = number
+        if print.signature is not None:
+            self._index.insert(number, print.signature)
+            self._signatures[number] = print.signature.hashvalues
+
+    def _near_ones(self, signature: Any, threshold: float) -> list[int]:
+        """The candidates that are as similar as asked for."""
         similar = {
             number: float(np.mean(self._signatures[number] == signature.hashvalues))
             for number in self._index.query(signature)
         }
-        best = max(similar, key=lambda number: (similar[number], -number), default=None)
-        if best is None or similar[best] < self._near.threshold:
-            return None
-        return best
+        near = [number for number, share in similar.items() if share >= threshold]
+        return sorted(near, key=lambda number: (-similar[number], number))
 
-    def _signature(self, text: str):
-        held = shingles(text, self._near.shingle)
+    def _signature(self, text: str, shingle: int) -> Any:
+        held = shingles(text, shingle)
         signature = self._empty.copy()
         for start in range(0, len(held), BLOCK):
             signature.update_batch(held[start : start + BLOCK].tolist())

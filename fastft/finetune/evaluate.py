@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastft.finetune import UserError, loading, need, plots, reading, run_folder, table, tasks
 from fastft.finetune.config import option
@@ -84,8 +85,8 @@ class EvaluateResult:
     """scores: model -> data -> the task's metrics (fastft.finetune.metrics)."""
 
     folder: Path
-    scores: dict[str, dict[str, dict]]
-    metrics: dict
+    scores: dict[str, dict[str, dict[str, Any]]]
+    metrics: dict[str, Any]
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
@@ -104,8 +105,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         torch.set_num_threads(config.threads)
     config = _settled(config)
     rows = {name: _rows(config, name) for name in config.data}
-    scores: dict[str, dict[str, dict]] = {}
-    files: dict[str, tuple] = {}
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    files: dict[str, tuple[Any, ...]] = {}
     for i, source in enumerate(config.models, 1):
         scores[source] = {}
         measure = _measurer(config, source, rows)
@@ -116,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
                 raise UserError(f"{source} on {name}: {error}") from None
             scores[source][name] = found
             files[_place(config, i, source, j, name)] = (found, predictions, classes, report)
-    best = "f1_macro" if config.task == "prompt" else tasks.of(config.task).BEST
+    best = "f1_macro" if config.task == "prompt" else tasks.of(str(config.task)).BEST
     matrix = [[scores[model][name][best] for name in rows] for model in scores]
     metrics = {
         "task": config.task,
@@ -136,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     return EvaluateResult(folder.path, scores, metrics)
 
 
-def summary(metrics: dict, folder: RunFolder) -> str:
+def summary(metrics: dict[str, Any], folder: RunFolder) -> str:
     """The final table: of each data set, a column for each model."""
     models = list(metrics["scores"])
     lines = []
@@ -167,7 +168,7 @@ def _settled(config: EvaluateConfig) -> EvaluateConfig:
         return config
     if config.task is None and known.get("task") not in tasks.TASKS:
         raise UserError(f"task: {config.model[0]} is no run folder that would know its task")
-    chosen = {"task": config.task or known["task"]}
+    chosen: dict[str, Any] = {"task": config.task or known["task"]}
     if chosen["task"] == known.get("task"):
         for name in ("text_column", "label_column", "multi_label", "learn", "max_length"):
             given = getattr(config, name)
@@ -189,30 +190,29 @@ def _file(config: EvaluateConfig, name: str) -> tuple[str, Path]:
     return split, found[split]
 
 
-def _rows(config: EvaluateConfig, name: str) -> tuple:
+def _rows(config: EvaluateConfig, name: str) -> tuple[Any, ...]:
     split, file = _file(config, name)
     return split, reading.rows(file)
 
 
-def _measurer(config: EvaluateConfig, source: str, rows: dict):
+def _measurer(config: EvaluateConfig, source: str, rows: dict[str, Any]) -> Callable[..., Any]:
     """(data, split, rows) -> metrics, predictions, class names, fastft.patch's report."""
     from fastft.finetune import measuring
 
     if config.task == "prompt":
         return measuring.by_prompt(config, source)
     shared = ("text_column", "label_column", "multi_label", "learn", "max_length", "batch_size")
-    options = {name: getattr(config, name) for name in shared}
+    options = {name: getattr(config, name) for name in ("task", *shared)}
     settings = TrainConfig(
         model=source,
         data=next(iter(rows)),
-        task=config.task,
         output=config.output,
         packing=False if config.task == "sft" else None,
         **options,
         **measuring.learned_prompt(source),
     )
-    names = [found for m in [source, *config.model] if (found := loading.known_labels(m))]
-    return measuring.by_task(settings, names[0] if names else None, config.patch)
+    names = [found for m in [source, *config.models] if (found := loading.known_labels(m))]
+    return measuring.by_task(settings, names, config.patch)
 
 
 def _place(config: EvaluateConfig, i: int, source: str, j: int, name: str) -> str:
@@ -229,7 +229,9 @@ def _short(name: str, among: list[str]) -> str:
     return Path(name).name if ends.count(Path(name).name) == 1 else name
 
 
-def _keep(folder: RunFolder, place: str, found, predictions, classes, report) -> None:
+def _keep(
+    folder: RunFolder, place: str, found: Any, predictions: Any, classes: Sequence[str], report: Any
+) -> None:
     with run_folder.readable(str(folder.path)):
         (folder.path / place).mkdir(parents=True, exist_ok=True)
     own = RunFolder(folder.path / place)

@@ -1,14 +1,20 @@
 """From the files of a run to the rows that are trained on, validated on and tested on."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError, assets, reading, tasks
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # Where a model sets no limit, or one that nobody's memory holds.
 LONGEST = {"classify": 512, "ner": 512, "lm": 1024, "sft": 1024}
 
 
-def files(config) -> list[Path]:
+def files(config: Any) -> list[Path]:
     """The files that config names, for their hashes."""
     place = reading.located(config.data)
     found = list(reading.split_files(place).values()) if place.is_dir() else [place]
@@ -20,7 +26,7 @@ def files(config) -> list[Path]:
     return found
 
 
-def read(config) -> dict:
+def read(config: Any) -> dict[str, Any]:
     """{"train", "validation" and "test" where there are any}: rows as the files hold them.
 
     Without validation data a share of the training rows is held out, stratified by label where
@@ -41,7 +47,7 @@ def read(config) -> dict:
     return rows
 
 
-def folds(rows: dict, config) -> list[dict]:
+def folds(rows: dict[str, Any], config: Any) -> list[dict[str, Any]]:
     """rows split config.folds times, validated on another part each time (StratifiedKFold)."""
     from sklearn.model_selection import KFold, StratifiedKFold
 
@@ -63,7 +69,12 @@ def folds(rows: dict, config) -> list[dict]:
     ]
 
 
-def encode(rows: dict, tokenizer, config, names) -> dict:
+def encode(
+    rows: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: Any,
+    names: Sequence[str] | None,
+) -> dict[str, Any]:
     """Datasets of the same splits, as the task gives them to the model. Raises: UserError."""
     task = tasks.of(config.task)
     encoded = {}
@@ -77,7 +88,7 @@ def encode(rows: dict, tokenizer, config, names) -> dict:
     return encoded
 
 
-def limit(config, tokenizer, model_config) -> int:
+def limit(config: Any, tokenizer: "PreTrainedTokenizerBase", model_config: Any) -> int:
     """The tokens that an example may have: what was asked for, within what the model takes."""
     most = min(tokenizer.model_max_length, 1 << 30)
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -91,10 +102,11 @@ def limit(config, tokenizer, model_config) -> int:
         return min(most, LONGEST[config.task])
     if config.max_length > most:
         raise UserError(f"max_length: {config.max_length} is more than the model's {most} tokens")
-    return config.max_length
+    out: int = config.max_length
+    return out
 
 
-def _hold_out(train, config) -> dict:
+def _hold_out(train: "Dataset", config: Any) -> dict[str, Any]:
     from sklearn.model_selection import train_test_split
 
     places = list(range(len(train)))
@@ -120,7 +132,7 @@ def _rarest(strata: list[str]) -> tuple[str, int]:
     return min(Counter(strata).items(), key=lambda item: item[1])
 
 
-def _is_text(config, split: str) -> bool:
+def _is_text(config: Any, split: str) -> bool:
     """Whether a split's rows are the lines of a text file."""
     place = reading.located(config.data)
     if split == "validation" and config.validation_data is not None:
@@ -131,5 +143,5 @@ def _is_text(config, split: str) -> bool:
     return found.get(split, found["train"]).suffix == ".txt"
 
 
-def _is_roberta(model_config) -> bool:
+def _is_roberta(model_config: Any) -> bool:
     return "roberta" in model_config.model_type or model_config.model_type == "camembert"

@@ -12,11 +12,14 @@ are the frozen weights, read in forward and in backward. The larger of the two t
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.gemm import matmul
 
 
@@ -36,7 +39,7 @@ def measure(seconds: float = 0.4) -> Rates:
     return Rates(rate, many.numel() * 4 / _best(torch.sum, seconds, many))
 
 
-def _best(function, seconds: float, *args) -> float:
+def _best(function: Callable[..., Any], seconds: float, *args: Any) -> float:
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -45,7 +48,7 @@ def _best(function, seconds: float, *args) -> float:
     return best
 
 
-def operations(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def operations(model: ForeignModule, batch: dict[str, Tensor]) -> int:
     """Operations of one step's matrix products, for a PEFT LoRA model."""
     lengths = batch["attention_mask"].sum(1)
     tokens = int(lengths.sum())
@@ -65,16 +68,18 @@ def operations(model: nn.Module, batch: dict[str, Tensor]) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     squares = int(lengths.square().sum())
     width = config.num_attention_heads * head_dim
-    return total + 6 * squares * width * config.num_hidden_layers
+    out: int = total + 6 * squares * width * config.num_hidden_layers
+    return out
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: ForeignModule) -> int:
     """Bytes of the weights a step reads, once forward and once backward."""
     weights = {
         module.base_layer.weight for module in model.modules() if hasattr(module, "base_layer")
     }
     weights.add(model.get_output_embeddings().weight)
-    return 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+    out: int = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+    return out
 
 
 def seconds(model: nn.Module, batch: dict[str, Tensor], rates: Rates) -> float:

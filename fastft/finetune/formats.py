@@ -160,11 +160,11 @@ def messages_of(row: Row, format: str) -> list[dict[str, Any]]:
 def text_of(row: Row, format: str) -> str:
     """All text of a row, by which its length is told and its duplicates are found."""
     found: list[str] = []
-    map_texts(row, format, lambda text: found.append(text) or text)
+    map_texts(row, format, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
     return (" " if format == "tokens" else "\n").join(part for part in found if part)
 
 
-def labels_of(row: Row, format: str) -> tuple:
+def labels_of(row: Row, format: str) -> tuple[Any, ...]:
     """Labels by which a row is counted: its own, or the kinds of entities that its tags name.
 
     None of them for a format without labels, and for a label that is a measure rather than a name.

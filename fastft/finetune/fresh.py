@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 
-def run(module: str, order: dict) -> dict:
+def run(module: str, order: dict[str, Any]) -> dict[str, Any]:
     """`python -m module ORDER`, order as JSON; gives its last line of stdout, which is JSON too.
 
     Raises: RuntimeError with what it said, where it failed.
@@ -20,4 +21,5 @@ def run(module: str, order: dict) -> dict:
     )
     if done.returncode != 0:
         raise RuntimeError(f"{module} {order} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return out

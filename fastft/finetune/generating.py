@@ -2,11 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from fastft.finetune.config import option
 from fastft.finetune.data import pad_id
 from fastft.finetune.prompting import PromptConfig
 from fastft.finetune.serving import prompts_of, serving
+from fastft.foreign import ForeignModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -74,8 +78,8 @@ class GenerateConfig(PromptConfig):
 class GenerateResult:
     """completions: index (of the prompt), sequence, prompt, completion; metrics: what it cost."""
 
-    completions: list[dict]
-    metrics: dict
+    completions: list[dict[str, Any]]
+    metrics: dict[str, Any]
     output: Path | None = None
 
 
@@ -128,7 +132,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     return GenerateResult(found, metrics, target)
 
 
-def _rows(config: GenerateConfig) -> list[dict]:
+def _rows(config: GenerateConfig) -> list[dict[str, Any]]:
     """The rows that the prompts are made of."""
     if config.prompt is not None:
         return [{"text": config.prompt}]
@@ -145,7 +149,7 @@ def _rows(config: GenerateConfig) -> list[dict]:
     return rows
 
 
-def _piped(lines) -> Iterator[dict]:
+def _piped(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Each line: an object of JSON is a row, anything else a text."""
     try:
         for line in lines:
@@ -159,9 +163,9 @@ def _piped(lines) -> Iterator[dict]:
         raise UserError(f"standard input: not UTF-8 (byte {error.start})") from None
 
 
-def _options(config: GenerateConfig, tokenizer) -> dict:
+def _options(config: GenerateConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Keywords of fastft.generate, which has them from transformers."""
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
         "num_return_sequences": config.num_return_sequences,
         "repetition_penalty": config.repetition_penalty,
@@ -195,7 +199,14 @@ def _check_lengths(model: nn.Module, encoded: list[list[int]], more: int) -> Non
             )
 
 
-def _complete(model, tokenizer, encoded, config: GenerateConfig, options: dict, stream: bool):
+def _complete(
+    model: ForeignModule,
+    tokenizer: "PreTrainedTokenizerBase",
+    encoded: Any,
+    config: GenerateConfig,
+    options: dict[str, Any],
+    stream: bool,
+) -> Any:
     """Yields for each batch its stats, and (prompt, sequence, completion) of what it gave."""
     from tqdm import tqdm
     from transformers import TextStreamer
@@ -208,7 +219,9 @@ def _complete(model, tokenizer, encoded, config: GenerateConfig, options: dict, 
         for start in range(0, len(encoded), size):
             batch = encoded[start : start + size]
             inputs = _left_padded(batch, options["pad_token_id"], model.device)
-            more = {"seed": config.seed + start // size} if config.temperature > 0 else {}
+            more: dict[str, Any] = (
+                {"seed": config.seed + start // size} if config.temperature > 0 else {}
+            )
             if stream:
                 more["streamer"] = TextStreamer(
                     tokenizer, skip_prompt=True, skip_special_tokens=True
@@ -232,7 +245,7 @@ def _complete(model, tokenizer, encoded, config: GenerateConfig, options: dict, 
             bar.update(len(batch))
 
 
-def _left_padded(rows: list[list[int]], pad: int, device) -> dict[str, Tensor]:
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device | None) -> dict[str, Tensor]:
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + row for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -245,7 +258,7 @@ def _cut(text: str, stop: list[str] | None) -> str:
     return text[: min(places)] if places else text
 
 
-def _summary(stats: list) -> dict:
+def _summary(stats: list[Any]) -> dict[str, Any]:
     first = stats[0]
     seconds = sum(s.decode_seconds for s in stats)
     decoded = sum(max(s.new_tokens - s.rows, 0) for s in stats)
@@ -264,7 +277,7 @@ def _summary(stats: list) -> dict:
     }
 
 
-def _table(metrics: dict) -> str:
+def _table(metrics: dict[str, Any]) -> str:
     rows = [("completions", metrics["completions"]), ("new tokens", metrics["new_tokens"])]
     rows.append(("tokens/s", f"{metrics['tokens_per_second']:.1f}"))
     if metrics["acceptance"] is not None:

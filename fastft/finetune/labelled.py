@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from fastft.finetune import readers
 from fastft.finetune.data import shuffled
@@ -11,7 +12,9 @@ SENTIMENTS = ("negative", "positive")
 TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
 
 
-def read_reviews(path: Path, source: str, held_out: int, seed: int = 0) -> tuple[list, list]:
+def read_reviews(
+    path: Path, source: str, held_out: int, seed: int = 0
+) -> tuple[list[Any], list[Any]]:
     """(text, label) pairs for training and held out: shuffled, no text in both, 1 is positive.
 
     source: "rotten_tomatoes" or "imdb".

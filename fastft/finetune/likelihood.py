@@ -8,14 +8,16 @@ the left, so positions, masks and windows are those of each text alone.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache_name import own_name
 from fastft.finetune import UserError
+from fastft.foreign import ForeignModule
 
 # Content-free inputs of Zhao et al. 2021, in the place of the text.
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -40,7 +42,7 @@ def score(
     answers: Sequence[Sequence[str]],
     *,
     batch_size: int = 16,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Tensor:
     """(prompts, labels) float64: log p(answers[i][c] | prompts[i]), in nats.
 
@@ -107,7 +109,9 @@ def calibrate(scores: Tensor, content_free: Tensor) -> Tensor:
     return (scores - means).log_softmax(-1)
 
 
-def _row(number: int, encode, prompt: str, answers: Sequence[str]) -> _Row:
+def _row(
+    number: int, encode: Callable[..., list[int]], prompt: str, answers: Sequence[str]
+) -> _Row:
     asked = encode(prompt)
     texts = [encode(prompt + answer) for answer in answers]
     start = min(_common((asked, text)) for text in texts)
@@ -131,7 +135,7 @@ def _check_length(model: nn.Module, rows: list[_Row]) -> None:
         )
 
 
-def _common(texts) -> int:
+def _common(texts: Iterable[list[int]]) -> int:
     """How many tokens all of them begin with."""
     texts = list(texts)
     low, high = min(texts), max(texts)  # the first and the last in order differ first
@@ -149,7 +153,7 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
     yield batch
 
 
-def _ids(rows: list[list[int]], device) -> Tensor:
+def _ids(rows: list[list[int]], device: torch.device | None) -> Tensor:
     """(rows, longest), filled on the right, where nothing that counts can see it."""
     longest = max(map(len, rows))
     # By their own last token: transformers warns of padding tokens that no mask hides.
@@ -157,7 +161,7 @@ def _ids(rows: list[list[int]], device) -> Tensor:
     return torch.tensor(filled, device=device)
 
 
-def _repeated(cache, rows: list[int]):
+def _repeated(cache: Any, rows: list[int]) -> Any:
     """A cache of these rows of cache, a row any number of times; the given one stays as it is."""
     if cache is None:
         return None
@@ -166,12 +170,12 @@ def _repeated(cache, rows: list[int]):
     return chosen
 
 
-def _extend(model: nn.Module, cache, ids: Tensor):
+def _extend(model: nn.Module, cache: Any, ids: Tensor) -> Any:
     """cache with ids (rows, length) added to what it holds."""
     return _forward(model, cache, ids, keep=1)[1]
 
 
-def _forward(model: nn.Module, cache, ids: Tensor, keep: int = 0) -> tuple[Tensor, object]:
+def _forward(model: ForeignModule, cache: Any, ids: Tensor, keep: int = 0) -> tuple[Tensor, object]:
     """Logits (rows, length, vocabulary) of ids, or the last keep of them; cache with ids."""
     if cache is not None and _learned_prompt(model):
         # It stands in the cache; PEFT would put it before these tokens again.
@@ -190,7 +194,7 @@ def _forward(model: nn.Module, cache, ids: Tensor, keep: int = 0) -> tuple[Tenso
 
 def _learned_prompt(model: nn.Module) -> int:
     """Tokens that a prompt-learning adapter of PEFT puts before every text."""
-    settings = getattr(model, "active_peft_config", None)
+    settings: Any = getattr(model, "active_peft_config", None)
     return settings.num_virtual_tokens if getattr(settings, "is_prompt_learning", False) else 0
 
 

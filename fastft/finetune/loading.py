@@ -9,9 +9,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError, assets, need
 from fastft.finetune.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = {
     "classify": "AutoModelForSequenceClassification",
@@ -57,7 +62,7 @@ def locate(source: str | Path) -> str:
     return str(folder)
 
 
-def load_tokenizer(source: str | Path, *, words: bool = False):
+def load_tokenizer(source: str | Path, *, words: bool = False) -> "PreTrainedTokenizerBase":
     """The tokenizer of source; where it has no padding token, its end of text pads.
 
     words: it is given words rather than texts, before which GPT-2's wants a space.
@@ -96,14 +101,14 @@ def load_model(
     quantize: bool = False,
     trainable: bool = False,
     base_weights: str = "none",
-):
+) -> "PreTrainedModel":
     """The model of source with the head of task, in evaluation mode; an adapter on its base.
 
     Args:
         task: "classify", "ner", "lm" or "sft".
         dtype: of the weights, a name of torch's.
-        labels: names of the classes; None: those the model has. Another number of classes than
-            the model has gives a new head.
+        labels: names of the classes; None: those the model has. Where the model's own come first
+            in them its head stays, with rows for the others; another number gives a new head.
         multi_label: any number of classes at a time.
         dropout: all of the model's dropout probabilities; None: its own.
         pad_id: the tokenizer's padding token, which GPT- and Llama-like classifiers must know.
@@ -116,16 +121,25 @@ def load_model(
     import torch
     import transformers
 
+    from fastft.finetune import heads
+
     place = locate(source)
     adapter = _read(Path(place) / ADAPTER)
     base = locate(_base_of(Path(place), adapter)) if adapter else place
     config = load_config(source)
-    _set_labels(config, task, labels, multi_label)
+    known = _named(config)
+    grows = task in ("classify", "ner") and heads.grows(known, labels)
+    if grows and adapter:
+        raise UserError(
+            f"{source}: an adapter for the classes {', '.join(known or ())}; to learn others "
+            "beside them merge it first"
+        )
+    _set_labels(config, task, known if grows else labels, multi_label)
     if dropout is not None:
         _set_dropout(config, dropout, source)
     if pad_id is not None and task in ("classify", "ner"):
         config.pad_token_id = pad_id
-    options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     if quantize:
         options["quantization_config"] = _four_bits()
     info = {}
@@ -134,7 +148,7 @@ def load_model(
         if base_weights == "int8" and task in ("lm", "sft") and Path(base).is_dir():
             from fastft.patch import load
 
-            model = load(base, kind, dtype=options["dtype"], config=config)
+            model: Any = load(base, kind, dtype=options["dtype"], config=config)
         else:
             model, info = kind.from_pretrained(
                 base,
@@ -146,14 +160,20 @@ def load_model(
             )
     if adapter is None:
         _check_new(model, task, info, source)
-        return model
+        if grows and labels is not None:
+            heads.grow(model, task, len(labels))
+            _set_labels(model.config, task, labels, multi_label)
+        out: PreTrainedModel = model
+        return out
     from fastft.finetune import methods
 
     with as_user_error(source):
-        return methods.load(model, place, trainable=trainable)
+        adapted: Any = methods.load(model, place, trainable=trainable)
+        out = adapted
+        return out
 
 
-def load_config(source: str | Path):
+def load_config(source: str | Path) -> "PretrainedConfig":
     """The configuration of source's model. Raises: UserError."""
     from transformers import AutoConfig
 
@@ -163,18 +183,23 @@ def load_config(source: str | Path):
     if adapter is not None and not (Path(place) / "config.json").exists():
         place = locate(_base_of(Path(place), adapter))
     with as_user_error(source):
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        out: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return out
 
 
 def known_labels(source: str | Path) -> list[str] | None:
     """The classes that source was trained for, in order; None where nobody named them."""
-    names = load_config(source).id2label or {}
+    return _named(load_config(source))
+
+
+def _named(config: Any) -> list[str] | None:
+    names: dict[Any, str] = config.id2label or {}
     ordered = [str(names[key]) for key in sorted(names)]
     unnamed = ordered == [f"LABEL_{i}" for i in range(len(ordered))]
     return None if unnamed or not ordered else ordered
 
 
-def save(model, tokenizer, folder: Path) -> None:
+def save(model: "nn.Module", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """The trained weights as from_pretrained reads them: an adapter alone, or the whole model."""
     from fastft.finetune import methods
 
@@ -183,7 +208,7 @@ def save(model, tokenizer, folder: Path) -> None:
 
 
 @contextmanager
-def as_user_error(source) -> Iterator[None]:
+def as_user_error(source: str | Path) -> Iterator[None]:
     """What loading raises for a missing, foreign or damaged file, as one sentence."""
     from safetensors import SafetensorError
 
@@ -216,7 +241,7 @@ def _check_folder(folder: Path) -> None:
                 raise UserError(f"{index}: {name!r} is no safetensors file")
 
 
-def _base_of(folder: Path, settings: dict) -> str:
+def _base_of(folder: Path, settings: dict[str, Any]) -> str:
     """The base model that an adapter's configuration names."""
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -230,7 +255,7 @@ def _base_of(folder: Path, settings: dict) -> str:
     return base
 
 
-def _set_labels(config, task: str, labels: Sequence[str] | None, multi_label: bool) -> None:
+def _set_labels(config: Any, task: str, labels: Sequence[str] | None, multi_label: bool) -> None:
     if task not in ("classify", "ner") or labels is None:
         return
     config.id2label = dict(enumerate(labels))
@@ -240,7 +265,7 @@ def _set_labels(config, task: str, labels: Sequence[str] | None, multi_label: bo
         config.problem_type = f"{kind}_label_classification"
 
 
-def _set_dropout(config, probability: float, source) -> None:
+def _set_dropout(config: Any, probability: float, source: str | Path) -> None:
     held = [name for name in _DROPOUTS if hasattr(config, name)]
     if not held:
         raise UserError(f"dropout: {source} has none that could be set")
@@ -248,7 +273,7 @@ def _set_dropout(config, probability: float, source) -> None:
         setattr(config, name, probability)
 
 
-def _four_bits():
+def _four_bits() -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -261,7 +286,7 @@ def _four_bits():
     )
 
 
-def _check_new(model, task: str, info: dict, source) -> None:
+def _check_new(model: "nn.Module", task: str, info: dict[str, Any], source: str | Path) -> None:
     """UserError where more is new than a head; transformers itself tells what is."""
     mismatched = [entry[0] for entry in info.get("mismatched_keys", ())]
     new = sorted({*info.get("missing_keys", ()), *mismatched})
@@ -270,7 +295,7 @@ def _check_new(model, task: str, info: dict, source) -> None:
         raise UserError(f"{source}: holds no weights for {shown}")
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such file."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))

@@ -5,8 +5,8 @@ step's batches one by one, and their gradient grows with gradient accumulation (
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ class Settings(Protocol):
 
 
 def make(
-    config: Settings, labels: Iterable | None = None, *, names: list[str] | None = None,
+    config: Settings, labels: Iterable[Any] | None = None, *, names: list[str] | None = None,
     multi_label: bool = False,
-) -> Callable | None:  # fmt: skip
+) -> Callable[..., Any] | None:  # fmt: skip
     """Trainer's compute_loss_func: loss(outputs, labels, num_items_in_batch=None) -> Tensor ().
 
     labels: of the training data, where class_weights is "balanced": one class per row, a list of
@@ -58,22 +58,24 @@ def make(
     return kind(weights, label_smoothing=config.label_smoothing, focal_gamma=config.focal_gamma)
 
 
-def _balanced(labels: Iterable, names: list[str] | None) -> list[float]:
+def _balanced(labels: Iterable[Any], names: list[str] | None) -> list[float]:
     utils = need("sklearn.utils.class_weight", "class_weights: balanced")
     rows = [np.atleast_1d(np.asarray(row)) for row in labels]
     items = np.concatenate(rows) if rows else np.empty(0, int)
     items = items[items != IGNORED].astype(int)
     _need_all(np.bincount(items, minlength=len(names or ())), names)
     classes = np.unique(items)
-    return utils.compute_class_weight("balanced", classes=classes, y=items).tolist()
+    out: list[float] = utils.compute_class_weight("balanced", classes=classes, y=items).tolist()
+    return out
 
 
-def _balanced_presence(labels: Iterable, names: list[str] | None) -> list[float]:
+def _balanced_presence(labels: Iterable[Any], names: list[str] | None) -> list[float]:
     rows = np.asarray(list(labels), dtype=float)  # (rows, classes)
     present = (rows > 0.5).sum(0)
     _need_all(present, names)
     _need_all(len(rows) - present, names, "without")
-    return ((len(rows) - present) / present).tolist()
+    out: list[float] = ((len(rows) - present) / present).tolist()
+    return out
 
 
 def _need_all(counts: np.ndarray, names: list[str] | None, which: str = "of") -> None:
@@ -86,15 +88,21 @@ def _need_all(counts: np.ndarray, names: list[str] | None, which: str = "of") ->
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """A loss of classes for the tokens of a language model, each predicted by those before it."""
+    """A loss of classes for the tokens of a language model, each predicted by those before it.
+
+    Smoothed in training steps alone: a perplexity is of the labels as they are.
+    """
 
     loss: ClassificationLoss
 
-    def __call__(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """outputs: with logits (rows, tokens, vocabulary); labels: (rows, tokens), not shifted."""
         # Prompt tuning puts the logits of its virtual tokens before those of the text.
         logits = outputs["logits"][:, -labels.shape[1] : -1]
-        return self.loss(logits, labels[:, 1:], num_items_in_batch)
+        loss = self.loss if torch.is_grad_enabled() else replace(self.loss, label_smoothing=0.0)
+        return loss(logits, labels[:, 1:], num_items_in_batch)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,9 @@ class MultiLabelLoss:
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
 
-    def __call__(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """outputs: a model's, or its logits (rows, classes); labels: (rows, classes) of 0 and 1."""
         logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
         if logits.shape != labels.shape:
@@ -125,8 +135,8 @@ class MultiLabelLoss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = labels.to(logits)
         smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
-        weights = self.presence_weights
-        weights = None if weights is None else logits.new_tensor(weights)
+        given = self.presence_weights
+        weights = None if given is None else logits.new_tensor(given)
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
             logits, smoothed, pos_weight=weights, reduction="none"
         )

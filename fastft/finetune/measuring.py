@@ -1,46 +1,60 @@
 """One model on one data set: the task's metrics, and what was predicted for each row."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastft.finetune import UserError, examples, loading, methods, metrics, running, tasks, trainer
 from fastft.finetune.data import IGNORED
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 # metrics, a row per prediction, names of the classes, fastft.patch's report
-Measured = tuple[dict, list[dict], list[str] | None, str | None]
+Measured = tuple[dict[str, Any], list[dict[str, Any]], list[str] | None, str | None]
 
 
-def by_prompt(config, source: str) -> Callable[..., Measured]:
+def by_prompt(config: Any, source: str) -> Callable[..., Measured]:
     """Of an EvaluateConfig: labels by their likelihood after a prompt."""
     from fastft.finetune import prompted
     from fastft.finetune.serving import serving
 
     model, tokenizer, report = serving(source, config)
 
-    def measure(name: str, split: str, rows) -> Measured:
+    def measure(name: str, split: str, rows: "Dataset") -> Measured:
         found, predictions = prompted.measure(config, model, tokenizer, rows)
         return found, predictions, list(found["per_class"]), report
 
     return measure
 
 
-def by_task(config, names: list[str] | None, patched: bool) -> Callable[..., Measured]:
-    """Of a TrainConfig: what the model was trained for. names: the classes it learned, if any."""
+def by_task(config: Any, learned: list[list[str]], patched: bool) -> Callable[..., Measured]:
+    """Of a TrainConfig: what the model was trained for.
+
+    learned: the classes that it learned, or else those of another model that is measured, first;
+    behind them the others'. A row whose class only others have learned is one that it misses.
+    """
     tokenizer = running.load_tokenizer(config)
     longest = examples.limit(config, tokenizer, loading.load_config(config.model))
     config = replace(config, max_length=longest)
     task = tasks.of(config.task)
-    held: list = []  # the model, once the classes are known
+    names = learned[0] if learned else None
+    held: list[Any] = []  # the model, once the classes are known
 
-    def measure(name: str, split: str, rows) -> Measured:
+    def measure(name: str, split: str, rows: "Dataset") -> Measured:
         nonlocal names
         own = replace(config, data=name)
         names = names or task.names(rows, own)
-        encoded = examples.encode({split: rows}, tokenizer, own, names)[split]
+        classes = names
+        if names is not None:
+            missed = task.labels_in(rows, own) & set(sum(learned, [])) - set(names)
+            classes = [*names, *sorted(missed)]
+        encoded = examples.encode({split: rows}, tokenizer, own, classes)[split]
         if not held:
             held.extend(_ready(running.load_model(own, tokenizer, names), patched))
         model, report = held
@@ -49,17 +63,52 @@ def by_task(config, names: list[str] | None, patched: bool) -> Callable[..., Mea
             return {"loss": loss, "perplexity": metrics.perplexity(loss)}, [], None, report
         with tempfile.TemporaryDirectory() as scratch:  # Trainer makes its folder at once
             own = replace(own, output=scratch)
-            runs = trainer.build_trainer(own, model, tokenizer, {"train": encoded})
-            seen = runs.predict(encoded, metric_key_prefix="eval")
+            asked = _without(encoded, len(names), own) if len(classes) > len(names) else encoded
+            runs = trainer.build_trainer(
+                own, model, tokenizer, {"train": asked}, compute_metrics=None
+            )
+            seen = runs.predict(asked, metric_key_prefix="eval")
         logits = seen.predictions[0] if isinstance(seen.predictions, tuple) else seen.predictions
-        found = {"loss": seen.metrics["eval_loss"]}
-        found |= task.metrics(names, own)(logits, seen.label_ids)
-        return found, predictions(own, logits, seen.label_ids, names), names, report
+        labels, loss = seen.label_ids, (seen.metrics or {})["eval_loss"]
+        if asked is not encoded:
+            logits, labels = _with(encoded, len(classes), own, logits, labels)
+            loss = math.inf  # of a class that has no probability
+        found = {"loss": loss} | task.metrics(classes, own)(logits, labels)
+        return found, predictions(own, logits, labels, classes), classes, report
 
     return measure
 
 
-def learned_prompt(source: str) -> dict:
+def _without(encoded: "Dataset", known: int, config: Any) -> "Dataset":
+    """encoded without the labels of classes that the model, which knows so many, has not."""
+
+    def one(labels: Any) -> Any:
+        if config.multi_label:
+            return labels[:known]
+        if isinstance(labels, list):
+            return [label if label < known else IGNORED for label in labels]
+        return labels if labels < known else IGNORED
+
+    labels = [one(row) for row in encoded["labels"]]
+    return encoded.remove_columns("labels").add_column("labels", labels)
+
+
+def _with(
+    encoded: "Dataset", classes: int, config: Any, logits: Any, labels: Any
+) -> tuple[Any, Any]:
+    """logits and labels of what `_without` gave, the unknown classes in them again."""
+    import numpy as np
+
+    if config.task == "ner":  # tags were predicted, not logits
+        labels = np.full_like(labels, IGNORED)
+        for row, own in zip(labels, encoded["labels"], strict=True):
+            row[: len(own)] = own
+        return logits, labels
+    more = [(0, 0), (0, classes - logits.shape[1])]
+    return np.pad(logits, more, constant_values=-np.inf), np.array(encoded["labels"][:])
+
+
+def learned_prompt(source: str) -> dict[str, Any]:
     """Settings by which a TrainConfig knows of a prompt that the model's adapter has learned."""
     place = loading.locate(source)
     kinds = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
@@ -74,7 +123,9 @@ def learned_prompt(source: str) -> dict:
     }
 
 
-def token_loss(model, encoded, collate, batch_size: int) -> float:
+def token_loss(
+    model: nn.Module, encoded: Any, collate: Callable[..., Any], batch_size: int
+) -> float:
     """Mean cross entropy in nats over all labelled tokens of an encoded dataset."""
     import torch
     from torch.utils.data import DataLoader
@@ -92,7 +143,7 @@ def token_loss(model, encoded, collate, batch_size: int) -> float:
     return total / tokens
 
 
-def predictions(config, logits, labels, names: list[str]) -> list[dict]:
+def predictions(config: Any, logits: Any, labels: Any, names: list[str]) -> list[dict[str, Any]]:
     """A row for each example: what is true, what was predicted and how surely."""
     import torch
 

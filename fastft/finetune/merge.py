@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft.finetune import UserError, adapters, loading, methods, need, table
 from fastft.finetune.assets import say
 from fastft.finetune.config import Config, option
 from fastft.finetune.run_folder import RunFolder, readable
+from fastft.foreign import ForeignModule
 
 # Relative difference of logits that rounding the merged weights to the type explains.
 _TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -108,6 +109,7 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
     name = adapters.own_name(folder)
     effect = _apart(base, wanted)
     with _new_folder(config.output) as part:
+        _unwrap_heads(model)
         try:
             merged = model.merge_and_unload(safe_merge=True)
         except (ValueError, NotImplementedError) as error:
@@ -121,6 +123,19 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
         result = MergeResult(Path(config.output), {name: difference}, {name: effect})
         _write_metrics(part, config, result)
     return result
+
+
+def _unwrap_heads(model: ForeignModule) -> None:
+    """The trained heads in the place of PEFT's modules around them.
+
+    PEFT 0.21 does that for IA3 as if a head were one layer, with a weight of its own.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            head: ForeignModule = module
+            model.set_submodule(name, head.modules_to_save[head.active_adapter])
 
 
 def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
@@ -154,7 +169,7 @@ def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
     return result
 
 
-def _all_in_one(part: Path, names: list[str], alone, task: str, dtype: str):
+def _all_in_one(part: Path, names: list[str], alone: Any, task: str, dtype: str) -> Any:
     """The base model with every collected adapter loaded from its folder."""
     model = loading.load_model(part / names[0], task, dtype=dtype).eval()
     for name in names:
@@ -165,14 +180,14 @@ def _all_in_one(part: Path, names: list[str], alone, task: str, dtype: str):
     return model
 
 
-def _task(settings: dict) -> str:
+def _task(settings: dict[str, Any]) -> str:
     kind = settings.get("task_type") or "CAUSAL_LM"
     if kind not in _TASKS:
         raise UserError(f"adapter: task_type {kind} is not known here")
     return _TASKS[kind]
 
 
-def _inputs(model, seed: int) -> list[Tensor]:
+def _inputs(model: ForeignModule, seed: int) -> list[Tensor]:
     """Rows of random tokens, each (1, length): one at a time, nothing is padded."""
     rows = model.get_input_embeddings().weight.shape[0]
     most = getattr(model.config, "max_position_embeddings", None) or 64
@@ -184,7 +199,7 @@ def _inputs(model, seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _logits(model, inputs: list[Tensor]) -> Tensor:
+def _logits(model: nn.Module, inputs: list[Tensor]) -> Tensor:
     found = []
     for ids in inputs:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -194,7 +209,7 @@ def _logits(model, inputs: list[Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def _base_logits(model, inputs: list[Tensor]) -> Tensor:
+def _base_logits(model: ForeignModule, inputs: list[Tensor]) -> Tensor:
     with model.disable_adapter():
         return _logits(model, inputs)
 

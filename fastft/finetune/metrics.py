@@ -5,6 +5,7 @@ Where a ratio has no denominator (a class that is never predicted, or never ther
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,16 +14,17 @@ from fastft.finetune import UserError, need
 AVERAGES = ("macro", "micro", "weighted")
 
 
-def classification(labels, probabilities, names: Sequence[str]) -> dict:
+def classification(labels: Any, probabilities: Any, names: Sequence[str]) -> dict[str, Any]:
     """How well one label of several is predicted: the most probable one counts.
 
     Args:
         labels: (examples,) integers, positions in names.
         probabilities: (examples, classes), each row sums to 1.
         names: of the classes.
-    Returns: accuracy; {precision,recall,f1}_{macro,micro,weighted}; per_class: name -> precision,
-        recall, f1, support; confusion: rows are true, columns predicted classes; brier: the mean
-        of sum_c (p_c - y_c)^2, 0 to 2 (Brier 1950); ece: `calibration_error`.
+    Returns: accuracy; {precision,recall,f1}_{macro,micro,weighted}, of classes that are there or
+        predicted; per_class: name -> precision, recall, f1, support; confusion: rows are true,
+        columns predicted classes; brier: the mean of sum_c (p_c - y_c)^2, 0 to 2 (Brier 1950);
+        ece: `calibration_error`.
     Raises: UserError for no examples, labels outside names, and values that are not finite.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
@@ -43,7 +45,9 @@ def classification(labels, probabilities, names: Sequence[str]) -> dict:
     }
 
 
-def multi_label(labels, probabilities, names: Sequence[str], threshold: float = 0.5) -> dict:
+def multi_label(
+    labels: Any, probabilities: Any, names: Sequence[str], threshold: float = 0.5
+) -> dict[str, Any]:
     """How well any number of labels is predicted: those of at least threshold count.
 
     Args:
@@ -71,7 +75,7 @@ def multi_label(labels, probabilities, names: Sequence[str], threshold: float = 
     }
 
 
-def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict:
+def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
     """How well whole entities are found, type and both ends right, as conlleval counts (seqeval).
 
     Args:
@@ -110,7 +114,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def calibration_error(confidence, correct, bins: int = 15) -> float:
+def calibration_error(confidence: Any, correct: Any, bins: int = 15) -> float:
     """Expected calibration error: sum over bins of |share correct - mean confidence| * share.
 
     confidence (n,) between 0 and 1 is sorted into bins of equal width, (i/bins, (i+1)/bins]; Guo et
@@ -132,19 +136,27 @@ def _check(probabilities: np.ndarray, shape: tuple[int, int]) -> None:
         raise UserError(f"the model's probabilities of example {row} are not finite")
 
 
-def _averages(labels, predicted, classes) -> dict[str, float]:
+def _averages(labels: Any, predicted: Any, classes: Sequence[int]) -> dict[str, float]:
     from sklearn.metrics import precision_recall_fscore_support as scores
 
     found = {}
+    # Of classes that are neither there nor predicted nothing can be said, as in scikit-learn.
+    labels, predicted, classes = np.asarray(labels), np.asarray(predicted), list(classes)
+    if labels.ndim > 1:
+        there = [c for c in classes if labels[:, c].any() or predicted[:, c].any()]
+    else:
+        there = sorted({*labels.tolist(), *predicted.tolist()})
     for average in AVERAGES:
-        options = {"labels": list(classes), "average": average, "zero_division": 0}
+        options = {"labels": there or classes, "average": average, "zero_division": 0}
         values = scores(labels, predicted, **options)
         for name, value in zip(("precision", "recall", "f1"), values, strict=False):
             found[f"{name}_{average}"] = float(value)
     return found
 
 
-def _per_class(labels, predicted, classes, names) -> dict[str, dict]:
+def _per_class(
+    labels: Any, predicted: Any, classes: Sequence[int], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     from sklearn.metrics import precision_recall_fscore_support as scores
 
     columns = scores(labels, predicted, labels=list(classes), zero_division=0)
@@ -155,7 +167,7 @@ def _per_class(labels, predicted, classes, names) -> dict[str, dict]:
     }
 
 
-def _row(values: dict) -> dict:
+def _row(values: dict[str, Any]) -> dict[str, Any]:
     """Plain numbers; scikit-learn and seqeval call f1 by two names."""
     f1 = values["f1"] if "f1" in values else values["f1-score"]
     return {

@@ -2,16 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastft.finetune import UserError, need
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 # Of Trainer's evaluation logs, what is no metric.
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "loss", "num_tokens")
 
 
-def curves(log_history: Sequence[Mapping], path: Path) -> None:
+def curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses, learning rate and, where there are any, the metrics of each evaluation, over steps.
 
     log_history: as Trainer keeps it (`trainer.state.log_history`).
@@ -60,7 +65,7 @@ def lengths(
     held = [np.asarray(own) for own in values.values()]
     if not any(len(own) for own in held):
         raise UserError("no lengths to plot: there are no rows")
-    edges = np.histogram_bin_edges(np.concatenate(held), bins=40)
+    edges: Any = np.histogram_bin_edges(np.concatenate(held), bins=40)
     for name, own in zip(values, held, strict=True):
         axes.hist(own, bins=edges, histtype="step", label=f"{_plain(name)} ({len(own)})")
     if limit is not None:
@@ -99,7 +104,7 @@ def forgetting(
     _save(figure, path)
 
 
-def history(trials: Sequence[Mapping], metric: str, maximise: bool, path: Path) -> None:
+def history(trials: Sequence[Mapping[str, Any]], metric: str, maximise: bool, path: Path) -> None:
     """Scores of a search's trials, the best so far, and those that were given up.
 
     trials: {"trial": number, "score": number or None, "state": ...}, in order.
@@ -130,28 +135,31 @@ def importance(shares: Mapping[str, float], path: Path) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> "Figure":
     need("matplotlib", "a plot")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _line(axes, log_history: Sequence[Mapping], name: str, label: str, style: str) -> None:
+def _line(
+    axes: "Axes", log_history: Sequence[Mapping[str, Any]], name: str, label: str, style: str
+) -> None:
     points = [(entry.get("step", 0), entry[name]) for entry in log_history if name in entry]
     if points:
         axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
 
 
-def _steps(axes, below: str, beside: str) -> None:
+def _steps(axes: "Axes", below: str, beside: str) -> None:
     axes.set_xlabel(below)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
     axes.set_ylabel(beside)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
 
 
-def _names(axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+def _names(axes: "Axes", columns: Sequence[str], rows: Sequence[str]) -> None:
     axes.set_xticks(range(len(columns)), map(_plain, columns), rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), map(_plain, rows))
 
@@ -161,14 +169,14 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _write(axes, darkness: np.ndarray, texts: Sequence[Sequence[str]]) -> None:
+def _write(axes: "Axes", darkness: np.ndarray, texts: Sequence[Sequence[str]]) -> None:
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
             colour = "white" if darkness[i, j] > 0.5 else "black"
             axes.text(j, i, text, ha="center", va="center", color=colour)
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastft.finetune import UserError, formats, prepare_report, readers, reading, splitting
 from fastft.finetune.cleaning import Filters, Normalization, repair
@@ -22,6 +22,7 @@ from fastft.finetune.config import Config, option
 from fastft.finetune.duplicates import Near
 from fastft.finetune.formats import Format
 from fastft.finetune.readers import Row
+from fastft.finetune.run_folder import PARTIAL, sync
 from fastft.finetune.sieve import Drop, Kept, Place, Rules, Sieve
 
 SHOWN = 200  # characters of a dropped text in dropped.jsonl
@@ -66,7 +67,7 @@ class PrepareConfig(Config):
     test: float = option(0.1, "share of the rows for the test", least=0, most=0.9)
     seed: int = option(0, "of the split", least=0)
 
-    def check(self):
+    def check(self) -> None:
         if self.validation + self.test > 0.9 + 1e-9:
             raise UserError("validation and test: expected at most 0.9 together, to train on some")
         if self.max_characters is not None and self.max_characters < self.min_characters:
@@ -78,7 +79,7 @@ class PrepareResult:
     """The folder that was made, and what metrics.json in it says."""
 
     folder: Path
-    metrics: dict
+    metrics: dict[str, Any]
 
     @property
     def splits(self) -> dict[str, int]:
@@ -88,7 +89,8 @@ class PrepareResult:
     @property
     def dropped(self) -> dict[str, int]:
         """Rows dropped for each reason."""
-        return self.metrics["dropped"]
+        out: dict[str, int] = self.metrics["dropped"]
+        return out
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,11 @@ def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that becomes output when all went well, and disappears when not."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=output.parent) as aside:
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output.parent) as aside:
             folder = Path(aside) / output.name
             folder.mkdir()
             yield folder
+            sync(folder)
             os.rename(folder, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror or error}; nothing was written") from None
@@ -190,11 +193,11 @@ def _named(row: Row, renamed: dict[str, str]) -> Row:
     return rest | {as_: row.get(name) for name, as_ in renamed.items()}
 
 
-def _sift(config: PrepareConfig, source: Source, folder: Path) -> tuple[Kept, Counter]:
+def _sift(config: PrepareConfig, source: Source, folder: Path) -> tuple[Kept, Counter[str]]:
     """Writes rows.jsonl and dropped.jsonl: the numbers of the one, the reasons of the other."""
     from tqdm import tqdm
 
-    kept, dropped = Kept(), Counter()
+    kept, dropped = Kept(), Counter[str]()
     sieve = Sieve(_rules(config, source), kept)
     with (
         _open(folder / "rows.jsonl") as rows_file,
@@ -242,7 +245,7 @@ def _write(file: TextIO, row: Row) -> None:
     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
-def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter) -> None:
+def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter[str]) -> None:
     if not len(kept):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         raise UserError(f"{config.data}: no row is left ({why}); nothing was written")
@@ -257,14 +260,14 @@ def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter) -> None:
 def _deal(config: PrepareConfig, kept: Kept, given: bool, folder: Path) -> list[str]:
     """Writes the lines of rows.jsonl to the files of their splits; the split of each row."""
     if given:
-        found = [place.split for place in kept.places]
+        found = [str(place.split) for place in kept.places]
     else:
         strata = splitting.rarest(kept.labels)
-        firsts = [row for row, first in enumerate(kept.firsts) if first == row]
+        firsts = [row for row in range(len(kept)) if kept.first(row) == row]
         shares = {"validation": config.validation, "test": config.test}
         drawn = splitting.split([strata[row] for row in firsts], shares, config.seed)
         by_first = dict(zip(firsts, drawn, strict=True))
-        found = [by_first[first] for first in kept.firsts]
+        found = [by_first[kept.first(row)] for row in range(len(kept))]
     with ExitStack() as files, open(folder / "rows.jsonl", encoding="utf-8") as rows:
         names = sorted(set(found))
         outputs = {n: files.enter_context(_open(folder / f"{n}.jsonl")) for n in names}

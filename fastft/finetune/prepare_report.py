@@ -17,7 +17,9 @@ QUANTILES = {"median": 0.5, "95%": 0.95, "longest": 1.0}
 BARS = 20  # labels and reasons shown, the most frequent
 
 
-def metrics(config, source, kept, splits: Sequence[str], dropped: Counter) -> dict[str, Any]:
+def metrics(
+    config: Any, source: Any, kept: Any, splits: Sequence[str], dropped: Counter[str]
+) -> dict[str, Any]:
     """What metrics.json says: counts, and what is needed to make the same data again.
 
     config, source, kept: of prepare and sieve; splits: of each kept row.
@@ -35,7 +37,7 @@ def metrics(config, source, kept, splits: Sequence[str], dropped: Counter) -> di
     }
 
 
-def _split(name: str, kept, splits: Sequence[str]) -> dict[str, Any]:
+def _split(name: str, kept: Any, splits: Sequence[str]) -> dict[str, Any]:
     rows = [row for row, split in enumerate(splits) if split == name]
     counts = Counter(label for row in rows for label in kept.labels[row])
     lengths = np.array([kept.lengths[row] for row in rows])
@@ -59,8 +61,8 @@ def text(metrics: dict[str, Any], output: Path) -> str:
     labels = list(dict.fromkeys(label for held in splits.values() for label in held["labels"]))
     rows = [("", *splits), ("rows", *(str(held["rows"]) for held in splits.values()))]
     for what in QUANTILES:
-        values = (str(held["characters"][what]) for held in splits.values())
-        rows.append((f"characters, {what}", *values))
+        lengths = (str(held["characters"][what]) for held in splits.values())
+        rows.append((f"characters, {what}", *lengths))
     for label in labels[:BARS]:
         shares = ((held["labels"].get(label, 0), held["rows"]) for held in splits.values())
         rows.append((f"label {_short(label, 40)}", *(f"{n} ({n / of:.1%})" for n, of in shares)))
@@ -80,7 +82,7 @@ def _short(label: str, most: int) -> str:
     return " ".join(label.split())[:most]
 
 
-def plot(metrics: dict[str, Any], lengths, splits: Sequence[str], path: Path) -> None:
+def plot(metrics: dict[str, Any], lengths: Any, splits: Sequence[str], path: Path) -> None:
     """Lengths of the rows, the balance of the labels, and why rows were dropped, side by side."""
     from matplotlib.figure import Figure
 

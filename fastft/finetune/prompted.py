@@ -1,28 +1,36 @@
 """Classification without training: a prompt for every text, and the likelihood of each label."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft.finetune import UserError, likelihood, metrics
 from fastft.finetune.reading import column
 from fastft.finetune.serving import Prompts, prompts_of
 from fastft.finetune.tasks import classify
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Labelled:
     """Rows as the templates see them, with the words for their labels, and positions of these."""
 
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     labels: list[int]
     names: list[str]
     words: list[str]
     column: str
 
 
-def measure(config, model, tokenizer, dataset) -> tuple[dict, list[dict]]:
+def measure(
+    config: Any, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset"
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """metrics.classification's of the labels' likelihoods, and a row for each prediction.
 
     config: an EvaluateConfig. Probabilities are p(label | prompt) over their sum for the labels.
@@ -31,7 +39,7 @@ def measure(config, model, tokenizer, dataset) -> tuple[dict, list[dict]]:
         config = replace(config, template="label")
     held = labelled(config, dataset)
 
-    def named(row: dict) -> dict:
+    def named(row: dict[str, Any]) -> dict[str, Any]:
         return _with_label(_with_text(config, row), held, _word(config, held, dataset, row))
 
     prompts = prompts_of(config, held.rows, tokenizer, named)
@@ -60,7 +68,7 @@ def measure(config, model, tokenizer, dataset) -> tuple[dict, list[dict]]:
     return found, predictions
 
 
-def labelled(config, dataset) -> Labelled:
+def labelled(config: Any, dataset: "Dataset") -> Labelled:
     """The rows to classify. Raises UserError for labels that are not config.labels."""
     where = column(dataset, config.label_column or classify.LABEL)
     names = config.labels or classify.names(dataset, config)
@@ -79,11 +87,11 @@ def labelled(config, dataset) -> Labelled:
     return held
 
 
-def _name(dataset, where: str, value) -> str:
+def _name(dataset: "Dataset", where: str, value: Any) -> str:
     return getattr(dataset.features[where], "int2str", str)(value)
 
 
-def _word(config, held: Labelled, dataset, row: dict) -> str:
+def _word(config: Any, held: Labelled, dataset: "Dataset", row: dict[str, Any]) -> str:
     """What stands for the label of an example."""
     if held.column not in row:
         raise UserError(f"{config.examples}: no column {held.column!r}")
@@ -93,16 +101,18 @@ def _word(config, held: Labelled, dataset, row: dict) -> str:
     return held.words[held.names.index(name)]
 
 
-def _with_text(config, row: dict) -> dict:
+def _with_text(config: Any, row: dict[str, Any]) -> dict[str, Any]:
     """Templates find the text under `text`, whatever its column is called."""
     return row | ({} if config.text_column is None else {"text": row[config.text_column]})
 
 
-def _with_label(row: dict, held: Labelled, word: str) -> dict:
+def _with_label(row: dict[str, Any], held: Labelled, word: str) -> dict[str, Any]:
     return row | {held.column: word, "label": word}
 
 
-def _content_free(config, model, prompts: Prompts, held: Labelled, answers) -> Tensor:
+def _content_free(
+    config: Any, model: nn.Module, prompts: Prompts, held: Labelled, answers: Sequence[list[str]]
+) -> Tensor:
     """(rows, inputs, labels): scores where the text says nothing, after each row's examples."""
     fields = prompts.prompter.names - {held.column, "label"}
     asked: dict[str, list[str]] = {}  # most rows have the examples of others
@@ -119,7 +129,9 @@ def _content_free(config, model, prompts: Prompts, held: Labelled, answers) -> T
     return found.view(len(held.rows), len(likelihood.CONTENT_FREE), -1)
 
 
-def _score(config, model, prompts: Prompts, texts: list[str], answers) -> Tensor:
+def _score(
+    config: Any, model: nn.Module, prompts: Prompts, texts: list[str], answers: Sequence[list[str]]
+) -> Tensor:
     from tqdm import tqdm
 
     with tqdm(total=len(texts), desc="prompts", disable=None) as bar:

@@ -5,10 +5,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastft.finetune import UserError, need
 from fastft.finetune.config import Config, option
+
+if TYPE_CHECKING:
+    pass
 
 # Name -> the question, and the answer that follows it in an example.
 TEMPLATES = {
@@ -76,7 +79,12 @@ class Prompter:
     Jinja's sandbox, and a column that is not there is a UserError.
     """
 
-    def __init__(self, config: PromptConfig, columns: Sequence[str], tokenizer=None):
+    def __init__(
+        self,
+        config: PromptConfig,
+        columns: Sequence[str],
+        tokenizer: Any = None,
+    ) -> None:
         """columns: of the rows, by which a template is chosen where config names none."""
         self.config, self.tokenizer = config, tokenizer
         has_template = getattr(tokenizer, "chat_template", None) is not None
@@ -99,7 +107,7 @@ class Prompter:
                 raise UserError("template: it places the examples itself, which a chat does too")
             self.chat = False
 
-    def question(self, row: Mapping[str, Any], examples: Sequence[Mapping] = ()) -> str:
+    def question(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] = ()) -> str:
         """The template with the row's values."""
         if self.conversations:
             return json.dumps(_asked(row["messages"]), sort_keys=True)
@@ -121,14 +129,19 @@ class Prompter:
 
     def ids(self, text: str) -> list[int]:
         """Its tokens, with those that begin a text, and none that end it."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("a prompt is not UTF-8, or holds half a character") from None
         # A chat template writes the tokens that begin a text itself.
         ids = self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"]
         end = self.tokenizer.eos_token_id
         ended = bool(ids) and ids[-1] == end and not text.endswith(self.tokenizer.eos_token or "")
-        return ids[:-1] if ended else ids
+        out: list[int] = ids[:-1] if ended else ids
+        return out
 
-    def _as_chat(self, row, examples) -> str:
-        messages = []
+    def _as_chat(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> str:
+        messages: list[Mapping[str, Any]] = []
         if self.config.system is not None:
             messages.append({"role": "system", "content": self.config.system})
         if self.conversations:
@@ -143,9 +156,10 @@ class Prompter:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
+            return text
         except TemplateError as error:
             raise UserError(f"the model's chat template: {error}") from None
 
@@ -153,7 +167,12 @@ class Prompter:
 class Examples:
     """Picks the examples of each question; never one that asks what is asked."""
 
-    def __init__(self, rows: Sequence[Mapping], prompter: Prompter, asked: Sequence[Mapping]):
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompter: Prompter,
+        asked: Sequence[Mapping[str, Any]],
+    ) -> None:
         """asked: the rows that will be asked; fixed examples are none of them."""
         config = prompter.config
         self.count, self.selection, self.seed = config.shots, config.selection, config.seed
@@ -173,7 +192,7 @@ class Examples:
             )
             self.vectors = self.index.fit_transform(self.questions)  # (examples, features)
 
-    def of(self, row: Mapping, number: int) -> list[Mapping]:
+    def of(self, row: Mapping[str, Any], number: int) -> list[Mapping[str, Any]]:
         """The examples of one row, number of those that are asked."""
         if self.selection == "fixed":
             return self.first
@@ -188,7 +207,7 @@ class Examples:
             chosen = sorted(others, key=lambda i: (-near[i], i))[: self.count][::-1]
         return self._enough([self.rows[i] for i in chosen])
 
-    def _enough(self, chosen: list) -> list:
+    def _enough(self, chosen: list[Any]) -> list[Any]:
         if len(chosen) < self.count:
             raise UserError(f"shots: {self.count} asked for, and only {len(chosen)} examples fit")
         return chosen
@@ -223,7 +242,7 @@ def _templates(config: PromptConfig, columns: Sequence[str]) -> tuple[str, str]:
     return question, answer if config.answer is None else config.answer
 
 
-def _compiled(source: str, name: str):
+def _compiled(source: str, name: str) -> Any:
     """The template, and the names it asks for."""
     need("jinja2", "a prompt template")
     from jinja2 import StrictUndefined, TemplateSyntaxError, meta
@@ -240,18 +259,20 @@ def _compiled(source: str, name: str):
         raise UserError(f"{name}: line {error.lineno}: {error.message}") from None
 
 
-def _render(template, name: str, row: Mapping, **more) -> str:
-    from jinja2 import TemplateError, UndefinedError
+def _render(template: Any, name: str, row: Mapping[str, Any], **more: Any) -> str:
+    from jinja2 import UndefinedError
 
     try:
-        return template.render({**row, **more})
+        out: str = template.render({**row, **more})
+        return out
     except UndefinedError as error:
         raise UserError(f"{name}: {error}; a row has {', '.join(row)}") from None
-    except (TemplateError, TypeError, ValueError, ArithmeticError, OverflowError) as error:
-        raise UserError(f"{name}: {error}") from None
+    except Exception as error:  # a template calls methods of texts, which raise what they like
+        said = str(error) or type(error).__name__
+        raise UserError(f"{name}: {said}") from None
 
 
-def _asked(messages: Sequence[Mapping]) -> list[Mapping]:
+def _asked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """A conversation up to what the model is to say next."""
     asked = list(messages)
     while asked and asked[-1].get("role") == "assistant":

@@ -32,15 +32,21 @@ def records(path: Path) -> Iterator[Row]:
     try:
         yield from read(path)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: {error.strerror or _first_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: a record is nested too deeply") from None
     except UnicodeDecodeError:
         raise UserError(_not_utf8(path)) from None
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         if "invalid UTF8" in str(error):
             raise UserError(_not_utf8(path)) from None
         if "Empty CSV" in str(error):
             return
-        raise UserError(f"{path}: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(f"{path}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _not_utf8(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastft.finetune import UserError, assets, need
 from fastft.finetune.readers import READERS, records
+from fastft.finetune.run_folder import readable
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -93,9 +94,11 @@ def among(names: Iterable[str], name: str, where: str = "data") -> str:
 def located(path: str | Path) -> Path:
     """path as it is on this machine; a name of assets.DATASETS is fetched."""
     here = Path(path).expanduser()
-    if str(path) in assets.DATASETS and not here.exists():
+    with readable(str(path)):
+        found = here.exists()
+    if str(path) in assets.DATASETS and not found:
         return assets.dataset(str(path))
-    if not here.exists():
+    if not found:
         raise UserError(f"{path}: no such file or folder")
     return here
 

@@ -3,19 +3,21 @@
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastft.finetune import examples, run_folder, running, table, trainer
 from fastft.finetune.train import RunResult, TrainConfig
 
 
-def run(config: TrainConfig, rows: dict) -> RunResult:
+def run(config: TrainConfig, rows: dict[str, Any]) -> RunResult:
     """A run in a folder of its own for every fold or seed, and their summary above them.
 
     With resume, runs that are finished are read, and the others go on or begin.
     Raises: as running.run.
     """
     planned = _planned(config, rows)
-    first = running.prepare(*planned[0])  # what is wrong with data or model is told before
+    # What is wrong with data or model is told before.
+    first: running.Prepared | None = running.prepare(*planned[0])
     folder = run_folder.start(config, examples.files(config))
     results, main = [], run_folder.processes().is_main_process
     for index, (own, held) in enumerate(planned):
@@ -24,7 +26,7 @@ def run(config: TrainConfig, rows: dict) -> RunResult:
             results.append(RunResult(done.path, done.read_metrics(), done.model))
             continue
         own = replace(own, resume=config.resume and done.record.is_file())
-        prepared = first if index == 0 else running.prepare(own, held)
+        prepared = first if first and index == 0 else running.prepare(own, held)
         prepared.config = replace(prepared.config, resume=own.resume)
         started = run_folder.start(own, examples.files(config))
         if main:
@@ -56,7 +58,7 @@ def spread(results: list[RunResult], split: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def summary(metrics: dict) -> str:
+def summary(metrics: dict[str, Any]) -> str:
     lines = []
     for split in ("validation", "test"):
         if split in metrics:
@@ -66,7 +68,7 @@ def summary(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def _planned(config: TrainConfig, rows: dict) -> list[tuple[TrainConfig, dict]]:
+def _planned(config: TrainConfig, rows: dict[str, Any]) -> list[tuple[TrainConfig, dict[str, Any]]]:
     output = Path(config.output)
     if config.folds:
         parts = examples.folds(rows, config)
@@ -76,5 +78,5 @@ def _planned(config: TrainConfig, rows: dict) -> list[tuple[TrainConfig, dict]]:
         ]
     return [
         (replace(config, seeds=None, seed=seed, output=str(output / f"seed-{seed}")), rows)
-        for seed in config.seeds
+        for seed in config.seeds or ()
     ]

@@ -1,7 +1,8 @@
 """The folder of a run: what was asked, on what, and what came of it; nothing in it is replaced.
 
 settings.yaml, run.json (versions, seed, sha256 of the data), metrics.json, curves.png, patch.txt,
-model/ (what from_pretrained reads) and, while it runs, checkpoints/.
+model/ (what from_pretrained reads) and, while it runs, checkpoints/. run.json comes first,
+metrics.json last.
 """
 
 import errno
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,18 +18,22 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastft.finetune import UserError
 
 # What may differ from the run that is resumed: it changes no number.
 _FREE = {"resume", "dry_run", "report_to", "logging_steps", "output", "trials"}
+# What a process that was killed left half written.
+PARTIAL = ".partial-"
+WHOLE = "whole"  # the file that a checkpoint has once all of it is on the disk
 _LIBRARIES = ("fastft", "torch", "transformers", "datasets", "accelerate", "peft", "trl")
 
 
 class RunFolder:
     """Paths in a run's folder, and writing there: a file is complete or not there."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.settings = self.path / "settings.yaml"
         self.record = self.path / "run.json"
@@ -41,18 +47,19 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
-        # Trainer writes its state last.
-        held = [c.parent for c in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        held = [mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")]
         return max(held, key=lambda c: int(c.name.rpartition("-")[2]), default=None)
 
     def write(self, name: str, text: str) -> Path:
         """A text file, renamed into place when it is complete."""
         target = self.path / name
         with readable(str(target)):
-            handle, part = tempfile.mkstemp(prefix=".partial-", dir=self.path)
+            handle, part = tempfile.mkstemp(prefix=PARTIAL, dir=self.path)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
                     file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.chmod(part, 0o666 & ~_umask())
                 os.replace(part, target)
             except BaseException:
@@ -60,31 +67,32 @@ class RunFolder:
                 raise
         return target
 
-    def write_json(self, name: str, held) -> Path:
+    def write_json(self, name: str, held: Any) -> Path:
         return self.write(name, json.dumps(held, indent=1) + "\n")
 
-    def read_metrics(self) -> dict:
-        return json.loads(self.metrics.read_text(encoding="utf-8"))
+    def read_metrics(self) -> dict[str, Any]:
+        out: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+        return out
 
 
-def check(config) -> None:
+def check(config: Any) -> None:
     """UserError where `start` would raise one for the folder, before anything is computed."""
     folder = RunFolder(config.output)
     if config.resume:
-        if not folder.record.is_file() or not folder.settings.is_file():
+        if not folder.record.is_file():
             raise UserError(f"{config.output}: no run to resume there")
         if folder.finished:
             raise UserError(f"{config.output}: this run is finished; there is nothing to resume")
         return
     with readable(config.output):
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        if folder.path.exists() and not (folder.path.is_dir() and _is_unused(folder.path)):
             raise UserError(
                 f"{config.output}: exists already; --resume goes on with a run, "
                 "--output names another folder"
             )
 
 
-def start(config, data: Iterable[Path] = ()) -> RunFolder:
+def start(config: Any, data: Iterable[Path] = ()) -> RunFolder:
     """The folder config.output: a new one, or with config.resume the one that is there.
 
     config: a settings dataclass with output, seed and resume.
@@ -98,6 +106,11 @@ def start(config, data: Iterable[Path] = ()) -> RunFolder:
     hashes = {str(path): sha256(path) for path in data}
     if config.resume:
         _same(folder, config, hashes)
+        if group.is_main_process:
+            for left in folder.path.glob(f"{PARTIAL}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if not folder.settings.is_file():
+                folder.write("settings.yaml", yaml_of(config))
         return folder
     group.wait_for_everyone()  # all have found that it can be made
     if group.is_main_process:
@@ -106,7 +119,7 @@ def start(config, data: Iterable[Path] = ()) -> RunFolder:
     return folder
 
 
-def processes():
+def processes() -> Any:
     """accelerate's view of the processes that run this together, one where nobody started more."""
     import torch
     from accelerate import PartialState
@@ -114,30 +127,30 @@ def processes():
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def _make(folder: RunFolder, config, hashes: dict[str, str]) -> None:
+def _make(folder: RunFolder, config: Any, hashes: dict[str, str]) -> None:
     with readable(config.output):
         folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write("settings.yaml", yaml_of(config))
     record = {
         "seed": config.seed,
+        "settings": asdict(config),
         "data": hashes,
         "versions": versions(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "command": sys.argv,
     }
+    # In this order: whoever finds the record can resume, whoever finds none can begin.
     folder.write_json("run.json", record)
+    folder.write("settings.yaml", yaml_of(config))
 
 
-def _same(folder: RunFolder, config, hashes: dict[str, str]) -> None:
-    import yaml
-
+def _same(folder: RunFolder, config: Any, hashes: dict[str, str]) -> None:
     try:
-        before = yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
-        seen = json.loads(folder.record.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{config.output}: its record cannot be read: {error}") from None
-    for name, value in asdict(config).items():
+        record = json.loads(folder.record.read_text(encoding="utf-8"))
+        before, seen = dict(record["settings"]), dict(record["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.record}: cannot be read: {error!r}") from None
+    for name, value in json.loads(json.dumps(asdict(config))).items():
         if name not in _FREE and before.get(name) != value:
             raise UserError(
                 f"{config.output}: was started with {name} = {before.get(name)}, not {value}; "
@@ -148,7 +161,11 @@ def _same(folder: RunFolder, config, hashes: dict[str, str]) -> None:
             raise UserError(f"{config.output}: {path} has changed since the run was started")
 
 
-def yaml_of(config) -> str:
+def _is_unused(folder: Path) -> bool:
+    return all(path.name.startswith(PARTIAL) for path in folder.iterdir())
+
+
+def yaml_of(config: Any) -> str:
     """Settings as the flat YAML that the command reads."""
     import yaml
 
@@ -171,6 +188,16 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(folder: Path) -> None:
+    """Sends all of folder to the disk, so that no loss of power takes it back."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextmanager
 def readable(what: str) -> Iterator[None]:
     """Errors of the file system as one sentence that begins with what."""
@@ -182,8 +209,9 @@ def readable(what: str) -> Iterator[None]:
         # safetensors' and torch's writers have exceptions of their own for a full disk; torch's
         # tells in the one before it that a write failed, and not why.
         said = f"{error} {error.__context__}"
-        if os.strerror(errno.ENOSPC) in said:
-            raise UserError(f"{what}: {os.strerror(errno.ENOSPC)}") from None
+        for full in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            if full in said:
+                raise UserError(f"{what}: {full}") from None
         if any(mark in said for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
             raise UserError(
                 f"{what}: a checkpoint could not be written; is the disk full?"

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import (
     UserError,
     adapters,
     assets,
+    checkpoints,
     continual,
     examples,
     loading,
@@ -22,9 +24,13 @@ from fastft.finetune import (
     trainer,
 )
 from fastft.finetune.loss import NextTokenLoss
-from fastft.finetune.run_folder import RunFolder, processes, readable
+from fastft.finetune.run_folder import PARTIAL, RunFolder, processes, readable, sync
 from fastft.finetune.train import RunResult, TrainConfig
 from fastft.losses import ClassificationLoss
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 # The methods whose adapters a model may come with, by the type in their configuration.
 _KINDS = {
@@ -44,16 +50,16 @@ class Prepared:
     """
 
     config: TrainConfig
-    model: object
-    tokenizer: object
-    datasets: dict
-    report: object
-    loss: Callable | None = None
-    added: Callable | None = None
+    model: Any
+    tokenizer: Any
+    datasets: dict[str, Any]
+    report: Any
+    loss: Callable[..., Any] | None = None
+    added: Callable[..., Any] | None = None
     beside: dict[str, Path] = field(default_factory=dict)
 
 
-def prepare(config: TrainConfig, rows: dict) -> Prepared:
+def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
     """Model, tokenizer and encoded rows of a run; the same for the same config and rows.
 
     rows: from examples.read. Raises: UserError.
@@ -103,7 +109,7 @@ def prepare(config: TrainConfig, rows: dict) -> Prepared:
     return Prepared(config, model, tokenizer, datasets, report, loss, added, beside)
 
 
-def load_tokenizer(config: TrainConfig):
+def load_tokenizer(config: TrainConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of config.model, with a chat template where the task needs one."""
     tokenizer = loading.load_tokenizer(config.model, words=config.task == "ner")
     if config.task == "sft" and tokenizer.chat_template is None:
@@ -114,7 +120,9 @@ def load_tokenizer(config: TrainConfig):
     return tokenizer
 
 
-def load_model(config: TrainConfig, tokenizer, names):
+def load_model(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", names: Sequence[str] | None
+) -> "nn.Module":
     # Of a frozen base half the bits do; what is trained is kept whole.
     frozen = config.task in ("lm", "sft") and config.method in ("lora", "dora", "qlora")
     return loading.load_model(
@@ -131,7 +139,7 @@ def load_model(config: TrainConfig, tokenizer, names):
     )
 
 
-def with_method(model, config: TrainConfig):
+def with_method(model: "nn.Module", config: TrainConfig) -> "nn.Module":
     """The model with what config.method trains; an adapter that it came with goes on training."""
     if not methods.is_adapter(model):
         return methods.apply(model, config, config.task)
@@ -145,7 +153,7 @@ def with_method(model, config: TrainConfig):
     return model
 
 
-def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunResult:
+def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence[Any] = ()) -> RunResult:
     """Trains, measures and keeps; prints the final table. callbacks: more of Trainer's.
 
     Raises: KeyboardInterrupt after Ctrl-C, with a checkpoint to go on from; UserError.
@@ -160,13 +168,15 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunR
     main = trains.is_world_process_zero()
     if main:
         folder.write("patch.txt", f"{prepared.report or 'not patched: patch was off'}\n")
-    trainer.fit(trains, folder, config.resume)
+    checkpoints.fit(trains, folder, config.resume)
     seconds = time.perf_counter() - started
-    held = [split for split in ("validation", "test") if split in datasets]
-    measured = {split: trainer.measure(trains, datasets[split], config) for split in held}
+    held: list[str] = [split for split in ("validation", "test") if split in datasets]
+    measured: dict[str, Any] = {
+        split: trainer.measure(trains, datasets[split], config) for split in held
+    }
     trainable, parameters = methods.count(model)
     log = trains.state.log_history
-    metrics = {
+    metrics: dict[str, Any] = {
         "task": config.task,
         "method": config.method,
         "model": config.model,
@@ -176,7 +186,7 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunR
         "steps": trains.state.global_step,
         "epochs": trains.state.epoch,
         "best_step": trains.state.best_global_step,
-        "loss": next((e["train_loss"] for e in reversed(log) if "train_loss" in e), None),
+        "loss": checkpoints.mean_loss(log),
         "seconds": seconds,
         "parameters": {"trainable": trainable, "all": parameters},
         "peak_memory_bytes": memory_use.peak(),
@@ -197,7 +207,7 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence = ()) -> RunR
     return RunResult(folder.path, metrics, kept)
 
 
-def keep(trains, prepared: Prepared, folder: RunFolder) -> Path:
+def keep(trains: Any, prepared: Prepared, folder: RunFolder) -> Path:
     """The trained weights under folder.model, renamed into place when they are complete.
 
     An adapter with a name is in a folder of that name there, the others beside it.
@@ -209,18 +219,20 @@ def keep(trains, prepared: Prepared, folder: RunFolder) -> Path:
         return kept
     if not trains.is_world_process_zero():
         return kept
-    with readable(str(folder.model)), tempfile.TemporaryDirectory(dir=folder.path) as part:
+    aside = tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder.path)
+    with readable(str(folder.model)), aside as part:
         made = Path(part) / "model"
         loading.save(trains.model, prepared.tokenizer, made / (name or ""))
         for other, source in prepared.beside.items():
             adapters.copy(source, made / other)
+        sync(made)
         if folder.model.exists():  # of an end that was interrupted
             shutil.rmtree(folder.model)
         made.rename(folder.model)
     return kept
 
 
-def summary(metrics: dict, folder: RunFolder) -> str:
+def summary(metrics: dict[str, Any], folder: RunFolder) -> str:
     """The final table."""
     counts = metrics["parameters"]
     splits = [split for split in ("validation", "test") if split in metrics]

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastft.finetune import UserError, need, table
 from fastft.finetune.config import alternatives, option
@@ -56,12 +56,12 @@ class SearchConfig(TrainConfig):
         if self.fsdp or self.deepspeed:
             raise UserError("fsdp and deepspeed: not in a search")
 
-    def searched(self) -> dict[str, list]:
+    def searched(self) -> dict[str, list[Any]]:
         """The space: of each key its choices, or [lowest, highest, "log" or "linear"].
 
         Raises: UserError for what is no setting, cannot be searched, or has no valid value.
         """
-        found: dict[str, list] = {}
+        found: dict[str, list[Any]] = {}
         for name, values in map(_entry, self.space):
             if name in found:
                 raise UserError(f"space: {name} is there twice")
@@ -72,7 +72,7 @@ class SearchConfig(TrainConfig):
                 self.train_config(**{name: value})  # its bounds
         return found
 
-    def train_config(self, **chosen) -> TrainConfig:
+    def train_config(self, **chosen: Any) -> TrainConfig:
         """What `fastft train` would be asked for, with these settings over it."""
         own = {item.name: getattr(self, item.name) for item in fields(TrainConfig)}
         return TrainConfig(**own | {"resume": False, "dry_run": False} | chosen)
@@ -86,7 +86,7 @@ class SearchResult:
     best: TrainConfig
     score: float
     model: Path
-    metrics: dict
+    metrics: dict[str, Any]
 
 
 def search(config: SearchConfig) -> SearchResult | None:
@@ -125,7 +125,7 @@ def search(config: SearchConfig) -> SearchResult | None:
     return _finish(study, config, folder)
 
 
-def _finish(study, config: SearchConfig, folder: RunFolder) -> SearchResult:
+def _finish(study: Any, config: SearchConfig, folder: RunFolder) -> SearchResult:
     from fastft.finetune import plots, studying, tasks
 
     trials = [studying.line(trial) for trial in studying.finished(study)]
@@ -153,7 +153,7 @@ def _finish(study, config: SearchConfig, folder: RunFolder) -> SearchResult:
     )
 
 
-def summary(metrics: dict, folder: RunFolder) -> str:
+def summary(metrics: dict[str, Any], folder: RunFolder) -> str:
     """The final table."""
     keys = list(metrics["trials"][0]["settings"]) if metrics["trials"] else []
     rows = [["trial", "", metrics["metric"], *keys]]
@@ -171,11 +171,11 @@ def summary(metrics: dict, folder: RunFolder) -> str:
     )
 
 
-def is_range(values: list) -> bool:
+def is_range(values: list[Any]) -> bool:
     return len(values) == 3 and values[2] in RANGES and not isinstance(values[0], str)
 
 
-def _entry(text: str) -> tuple[str, list]:
+def _entry(text: str) -> tuple[str, list[Any]]:
     import yaml
 
     try:
@@ -190,7 +190,7 @@ def _entry(text: str) -> tuple[str, list]:
     return str(name).replace("-", "_"), values
 
 
-def _typed(name: str, values: list) -> list:
+def _typed(name: str, values: list[Any]) -> list[Any]:
     """The values of an entry in the type of the setting, a range's last word as it is."""
     hints = get_type_hints(TrainConfig)
     if name not in hints:
@@ -216,7 +216,7 @@ def _typed(name: str, values: list) -> list:
     return [*typed, way]
 
 
-def _one(kind: type, value):
+def _one(kind: type, value: Any) -> Any:
     # YAML reads 1e-5, which has no point, as text.
     if kind is bool or isinstance(value, bool):
         if isinstance(value, bool) is (kind is bool):

@@ -38,19 +38,31 @@ class Kept:
     """What stays in memory of the rows that stay, in the order in which they were read."""
 
     labelled: bool = False  # each with one label, rather than any number
-    lengths: array = field(default_factory=lambda: array("q"))  # in characters
-    labels: list[tuple] = field(default_factory=list)
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # in characters
+    labels: list[tuple[Any, ...]] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
-    firsts: array = field(default_factory=lambda: array("q"))  # the row it repeats, or itself
+    firsts: "array[int]" = field(default_factory=lambda: array("q"))  # a row it repeats, or itself
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def first(self, row: int) -> int:
+        """The first of the rows that repeat each other, row among them."""
+        while (before := self.firsts[row]) != row:
+            self.firsts[row] = self.firsts[before]  # the next way is shorter
+            row = before
+        return row
+
+    def join(self, one: int, other: int) -> None:
+        """Rows that repeat each other, and with them what repeats either."""
+        one, other = sorted((self.first(one), self.first(other)))
+        self.firsts[other] = one
 
 
 class Drop(Exception):
     """A row that does not stay; `of` is the kept row that it repeats."""
 
-    def __init__(self, reason: str, of: int | None = None):
+    def __init__(self, reason: str, of: int | None = None) -> None:
         super().__init__(reason)
         self.reason, self.of = reason, of
 
@@ -66,10 +78,12 @@ class Drop(Exception):
 class Sieve:
     """Takes rows of the source format, one at a time."""
 
-    def __init__(self, rules: Rules, kept: Kept):
+    def __init__(self, rules: Rules, kept: Kept) -> None:
         self._rules, self._kept = rules, kept
         self._seen = Duplicates(rules.near)
-        self._labels: dict[tuple, tuple] = {}  # one object for all rows of the same labels
+        self._labels: dict[
+            tuple[Any, ...], tuple[Any, ...]
+        ] = {}  # one object for all rows of the same labels
         kept.labelled = rules.target == "text-label"
 
     def take(self, row: Row, place: Place) -> Row:
@@ -86,17 +100,21 @@ class Sieve:
         if reason := reason_against(text, self._rules.filters):
             raise Drop(reason)
         labels = formats.labels_of(row, target)
-        number = len(kept)
-        match = self._seen.find(text, number)
-        if match is not None:
+        number, seen = len(kept), self._seen.print(text)
+        matches = self._seen.find(seen)
+        for match in matches:
             across = kept.places[match.of].split != place.split
             if self._rules.drop_duplicates or across:
                 other = " with another label" if kept.labels[match.of] != labels else ""
                 raise Drop(match.kind + other, match.of)
+        if not any(match.kind == "duplicate" for match in matches):
+            self._seen.remember(seen, number)
         kept.lengths.append(len(text))
         kept.labels.append(self._labels.setdefault(labels, labels))
         kept.places.append(place)
-        kept.firsts.append(number if match is None else match.of)
+        kept.firsts.append(number)
+        for match in matches:
+            kept.join(number, match.of)
         if target == "text-label" and isinstance(row["label"], list):
             kept.labelled = False
         return row

@@ -6,6 +6,8 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
@@ -24,6 +26,7 @@ _REASON = "reason"  # of a trial that failed: not one that was interrupted
 def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
     """The study in a search's folder, where trials that were interrupted do not count."""
     with _quiet(), run_folder.readable(str(folder.path)):
+        _drop_half_a_line(folder.path / "study.journal")
         found = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder.path / "study.journal"))),
             study_name="search",
@@ -39,6 +42,13 @@ def study(config: SearchConfig, folder: RunFolder) -> optuna.Study:
     return found
 
 
+def _drop_half_a_line(journal: Path) -> None:
+    # optuna passes over it while it is the last, appends to it, and then cannot read the study.
+    if journal.is_file():
+        with open(journal, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def _queue_grid(study: optuna.Study, config: SearchConfig) -> None:
     # Not optuna's GridSampler: it takes a combination that was interrupted for done.
     space = config.searched()
@@ -52,11 +62,14 @@ def _queue_grid(study: optuna.Study, config: SearchConfig) -> None:
             study.enqueue_trial(combination)
 
 
-def run(study: optuna.Study, config: SearchConfig, space: dict, folder: RunFolder) -> None:
+def run(
+    study: optuna.Study, config: SearchConfig, space: dict[str, Any], folder: RunFolder
+) -> None:
     """Trains trials until there are config.trials, or the grid is done.
 
     Raises: KeyboardInterrupt after Ctrl-C.
     """
+    _settle(study, config, folder)
     total = config.trials
     if config.sampler == "grid":
         total = min(total, math.prod(map(len, space.values())))
@@ -71,19 +84,17 @@ def run(study: optuna.Study, config: SearchConfig, space: dict, folder: RunFolde
             score = _train(trial, config.train_config(output=output, **chosen))
         except optuna.TrialPruned:
             print(f"trial {trial.number}: pruned")
-            _end(study, trial, folder, state=TrialState.PRUNED)
+            _end(study, trial, state=TrialState.PRUNED)
         except UserError as error:
             assets.say(f"trial {trial.number}: {error}")
             trial.set_user_attr(_REASON, str(error))
-            _end(study, trial, folder, state=TrialState.FAIL)
+            _end(study, trial, state=TrialState.FAIL)
         except KeyboardInterrupt:
-            _end(study, trial, folder, state=TrialState.FAIL)
+            _end(study, trial, state=TrialState.FAIL)
             raise
         else:
-            _end(study, trial, folder, values=score)
-            if study.best_trial.number == trial.number:
-                best = settings(config, folder, trial)
-                folder.write("best.yaml", run_folder.yaml_of(best))
+            _end(study, trial, values=score)
+        _settle(study, config, folder)
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -92,20 +103,21 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in trials if t.state.is_finished() and not _is_interrupted(t)]
 
 
-def maximised(config) -> bool:
-    return tasks.of(config.task).BEST != "loss"
+def maximised(config: Any) -> bool:
+    out: bool = tasks.of(config.task).BEST != "loss"
+    return out
 
 
-def trial_folder(folder: RunFolder, trial) -> RunFolder:
+def trial_folder(folder: RunFolder, trial: Any) -> RunFolder:
     return RunFolder(folder.path / "trials" / str(trial.number))
 
 
-def settings(config: SearchConfig, folder: RunFolder, trial) -> TrainConfig:
+def settings(config: SearchConfig, folder: RunFolder, trial: Any) -> TrainConfig:
     """What `fastft train` would be asked for, to do again in a new folder what trial did."""
     return config.train_config(**trial.params, output=f"{folder.path}-best")
 
 
-def line(trial: FrozenTrial) -> dict:
+def line(trial: FrozenTrial) -> dict[str, Any]:
     """A trial as metrics.json and the table have it."""
     found = {"trial": trial.number, "state": trial.state.name.lower(), "score": trial.value}
     if _REASON in trial.user_attrs:
@@ -129,10 +141,17 @@ def importance(study: optuna.Study) -> dict[str, float]:
 class _Watch(TrainerCallback):
     """Tells the study what each evaluation found, and ends a trial that it gives up."""
 
-    def __init__(self, trial: optuna.Trial, metric: str):
+    def __init__(self, trial: optuna.Trial, metric: str) -> None:
         self.trial, self.metric, self.count = trial, metric, 0
 
-    def on_evaluate(self, args, state, control, metrics=None, **more):
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: Any = None,
+        **more: Any,
+    ) -> None:
         # By its number: steps of trials with other batch sizes are not the same point.
         self.count += 1
         self.trial.report(metrics[self.metric], self.count)
@@ -140,7 +159,7 @@ class _Watch(TrainerCallback):
             raise optuna.TrialPruned
 
 
-def _train(trial: optuna.Trial, config) -> float:
+def _train(trial: optuna.Trial, config: Any) -> float:
     metric = tasks.of(config.task).BEST
     prepared = running.prepare(config, examples.read(config))
     started = run_folder.start(config, examples.files(config))
@@ -148,20 +167,29 @@ def _train(trial: optuna.Trial, config) -> float:
     score = running.run(prepared, started, [watch]).metrics["validation"][metric]
     if not math.isfinite(score):
         raise UserError(f"the validation {metric} is {score}")
-    return score
+    out: float = score
+    return out
 
 
-def _end(study: optuna.Study, trial: optuna.Trial, folder: RunFolder, **told) -> None:
+def _end(study: optuna.Study, trial: optuna.Trial, **told: Any) -> None:
     with _quiet():
         study.tell(trial, **told)
-    if "state" in told:
-        shutil.rmtree(trial_folder(folder, trial).checkpoints, ignore_errors=True)
-    for other in study.get_trials(deepcopy=False):
-        if other.state != TrialState.COMPLETE or other.number != study.best_trial.number:
-            shutil.rmtree(trial_folder(folder, other).model, ignore_errors=True)
 
 
-def _shown(chosen: dict) -> str:
+def _settle(study: optuna.Study, config: SearchConfig, folder: RunFolder) -> None:
+    """Leaves of the trials told so far what is kept; again after a kill, which may come before."""
+    trials = study.get_trials(deepcopy=False)
+    best = study.best_trial if any(t.state == TrialState.COMPLETE for t in trials) else None
+    for trial in trials:
+        own = trial_folder(folder, trial)
+        shutil.rmtree(own.checkpoints, ignore_errors=True)
+        if best is None or trial.number != best.number:
+            shutil.rmtree(own.model, ignore_errors=True)
+    if best is not None:
+        folder.write("best.yaml", run_folder.yaml_of(settings(config, folder, best)))
+
+
+def _shown(chosen: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in chosen.items()
@@ -176,13 +204,13 @@ def _startup(config: SearchConfig) -> int:
     return config.startup or min(10, max(2, config.trials // 3))
 
 
-def _pruner(config: SearchConfig):
+def _pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
     if config.pruning == "none":
         return optuna.pruners.NopPruner()
     return optuna.pruners.MedianPruner(n_startup_trials=_startup(config))
 
 
-def _sampler(config: SearchConfig, number: int):
+def _sampler(config: SearchConfig, number: int) -> optuna.samplers.BaseSampler:
     # A sampler's own state is not in the study: seeded anew, trials after an interruption would be
     # those of the beginning again. So each has a seed of its own.
     seed = (1_000_003 * config.seed + number) % 2**32
@@ -191,7 +219,7 @@ def _sampler(config: SearchConfig, number: int):
     return optuna.samplers.RandomSampler(seed=seed)  # a grid's trials wait in the study
 
 
-def _suggest(trial: optuna.Trial, name: str, values: list):
+def _suggest(trial: optuna.Trial, name: str, values: list[Any]) -> Any:
     if not is_range(values):
         return trial.suggest_categorical(name, values)
     low, high, way = values

@@ -1,9 +1,10 @@
 """Tables for a terminal."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
-def text(rows: Sequence[Sequence], digits: int = 4) -> str:
+def text(rows: Sequence[Sequence[Any]], digits: int = 4) -> str:
     """Rows under each other in columns: the first row heads them, floats are rounded to digits."""
     cells = [[f"{c:.{digits}g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -2,15 +2,20 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastft.finetune import UserError, need
 from fastft.finetune.config import Config, option
 
 # Learning rates that people start from: the fewer weights a method trains, the larger. How six of
 # them do on MiniLM and 800 reviews: `python -m bench.workflows --only sentiment`. There prompt had
-# an accuracy of 0.675 at 3e-3, 0.663 at 1e-2 and 0.538 at 3e-2.
-LEARNING_RATES = {
+# an accuracy of 0.675 at 3e-3, 0.663 at 1e-2 and 0.538 at 3e-2; lora 0.740 at 3e-4 and 0.788 at
+# 1e-3; dora 0.730 at 3e-4, 0.790 at 1e-3 and 0.783 at 3e-3; ia3 0.703 at 5e-3, 0.728 at 1e-2, 0.695
+# at 2e-2 and 0.723 at 5e-2; prefix 0.663 at 1e-3, 0.645 at 3e-3 and 0.690 at 1e-2.
+Method = Literal[
+    "full", "top-layers", "bitfit", "lora", "dora", "qlora", "adapter", "ia3", "prefix", "prompt"
+]
+LEARNING_RATES: dict[Method, float] = {
     "full": 5e-5,
     "top-layers": 1e-4,
     "bitfit": 1e-3,
@@ -52,7 +57,7 @@ class TrainConfig(Config):
         None, help="lm, sft: fill every row with several texts; default: where the method allows it"
     )
 
-    method: Literal[tuple(LEARNING_RATES)] = option("full", help="which weights are trained")
+    method: Method = option("full", help="which weights are trained")
     rank: int = option(8, least=1, help="lora, dora, qlora: rank of the update")
     lora_alpha: float = option(16.0, above=0, help="lora: the update is scaled by alpha / rank")
     lora_dropout: float = option(0.0, least=0, most=0.95, help="lora: dropout before the update")
@@ -162,6 +167,11 @@ class TrainConfig(Config):
             raise UserError("adapter_name: a new adapter forgets nothing; leave ewc and distill")
 
     @property
+    def continues(self) -> bool:
+        """Whether what the model was trained for before is to be kept, its classes too."""
+        return bool(self.replay or self.ewc or self.distill)
+
+    @property
     def rate(self) -> float:
         """The learning rate, the method's own where none was given."""
         return self.learning_rate or LEARNING_RATES[self.method]
@@ -172,7 +182,7 @@ class RunResult:
     """What a run gave. model: the trained weights, as load_model and from_pretrained read them."""
 
     folder: Path
-    metrics: dict
+    metrics: dict[str, Any]
     model: Path | None = None
     runs: list["RunResult"] = field(default_factory=list)  # of each fold or seed
 

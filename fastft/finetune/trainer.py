@@ -1,20 +1,29 @@
 """The Trainer of a run: transformers' own, from our settings, with the task's collator and loss."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 from fastft.finetune import tasks
-from fastft.finetune.run_folder import RunFolder, readable
+from fastft.finetune.data import IGNORED
+from fastft.finetune.run_folder import RunFolder
+from fastft.foreign import ForeignModule
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def build_trainer(
-    config, model, tokenizer, datasets: dict, loss: Callable | None = None,
-    added: Callable | None = None, **more,
+    config: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: dict[str, Any],
+    loss: Callable[..., Any] | None = None, added: Callable[..., Any] | None = None, **more: Any,
 ) -> Trainer:  # fmt: skip
     """A transformers.Trainer, ready for `.train()`; it makes its folder of checkpoints.
 
@@ -51,13 +60,39 @@ def build_trainer(
 
 
 class _Trainer(Trainer):
-    """A Trainer whose training steps may have more to their loss than what is evaluated."""
+    """A Trainer whose training steps may have more to their loss than what is evaluated.
 
-    added: Callable | None = None
+    The loss of an evaluation is a mean of its items (rows, tags, tokens), where Trainer's is one of
+    batches, however few tokens one has.
+    """
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    added: Callable[..., Any] | None = None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **more: Any) -> Any:
+        device = self.args.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, dtype=dtype, device=device)  # of loss times items, of items
+        more["metric_key_prefix"] = metric_key_prefix
+        found: Any = super().evaluation_loop(*args, **more)
+        total, items = self.accelerator.reduce(self._sums, "sum").tolist()
+        if items:
+            found.metrics[f"{metric_key_prefix}_loss"] = total / items
+        return found
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         given = dict(inputs)  # Trainer takes the labels out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not torch.is_grad_enabled():
+            items: Any = num_items_in_batch
+            if items is None:
+                items = (given["labels"] != IGNORED).sum()
+            self._sums += torch.stack([loss.detach().mean() * items, items]).to(self._sums)
         if self.added is not None and torch.is_grad_enabled():
             more = self.added(outputs, given, num_items_in_batch)
             # As Trainer does with the loss: gradients are averaged over the processes that share
@@ -67,18 +102,20 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def arguments(config, validated: bool = True) -> TrainingArguments:
+def arguments(config: Any, validated: bool = True) -> TrainingArguments:
     """config as transformers' TrainingArguments; validated: there is data to evaluate on."""
     gpu = torch.accelerator.is_available()
     every = "epoch" if config.evaluate_every is None else "steps"
     best = tasks.of(config.task).BEST
     # A name that transformers is about to change: only given where it is asked for.
-    chosen = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    chosen: dict[str, Any] = (
+        {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    )
     if config.fsdp:
         chosen["fsdp"] = True
     if validated and (config.best or config.early_stopping):
         chosen |= {
-            "load_best_model_at_end": True,
+            "load_best_model_at_end": config.best,
             "metric_for_best_model": f"eval_{best}",
             "greater_is_better": best != "loss",
         }
@@ -101,7 +138,7 @@ def arguments(config, validated: bool = True) -> TrainingArguments:
         save_strategy=every,
         eval_steps=config.evaluate_every,
         save_steps=config.evaluate_every or 500,
-        save_total_limit=1,  # with the best one kept beside it
+        save_total_limit=None,  # `checkpoints.Keeper` removes them
         logging_steps=config.logging_steps,
         report_to=config.report_to,
         seed=config.seed,
@@ -112,7 +149,7 @@ def arguments(config, validated: bool = True) -> TrainingArguments:
     )
 
 
-def loss_of(config, model, train) -> Callable | None:
+def loss_of(config: Any, model: nn.Module, train: "Dataset") -> Callable[..., Any] | None:
     """The task's loss for Trainer; None where the model's own is right."""
     from fastft.finetune import loss
 
@@ -125,73 +162,31 @@ def loss_of(config, model, train) -> Callable | None:
     )
 
 
-def class_names(model) -> list[str]:
+def class_names(model: ForeignModule) -> list[str]:
     names = model.config.id2label
     return [names[i] for i in sorted(names)]
 
 
-def numbers(metrics: dict) -> dict[str, float]:
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """What of nested metrics can stand in a log."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
-def measure(trainer: Trainer, dataset, config) -> dict:
+def measure(trainer: Trainer, dataset: "Dataset", config: Any) -> dict[str, Any]:
     """The task's metrics on dataset, and the loss there."""
     from fastft.finetune import metrics
 
     seen = trainer.predict(dataset, metric_key_prefix="eval")
-    found = {"loss": seen.metrics["eval_loss"]}
+    found = {"loss": (seen.metrics or {})["eval_loss"]}
     task = tasks.of(config.task)
     if task.metrics is None:
         return found | {"perplexity": metrics.perplexity(found["loss"])}
     compute = task.metrics(class_names(trainer.model), config)
-    return found | compute(seen.predictions, seen.label_ids)
+    out: dict[str, Any] = found | compute(seen.predictions, seen.label_ids)
+    return out
 
 
-def fit(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
-    """Trains to the end, or to a Ctrl-C: then the step is finished and kept for --resume.
-
-    Several processes end at once instead, and go on from their last checkpoint.
-    Raises: KeyboardInterrupt after one; UserError for a full disk.
-    """
-    last = folder.last_checkpoint() if resume else None
-    watch = _Interrupted()
-    trainer.add_callback(watch)
-    listening = watch.listening() if trainer.args.world_size == 1 else nullcontext()
-    with readable(str(folder.path)), listening:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    trainer.remove_callback(watch)
-    if watch.asked:
-        raise KeyboardInterrupt
-
-
-class _Interrupted(TrainerCallback):
-    """Ctrl-C ends training at the step's end, with a checkpoint; a second one at once."""
-
-    asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may listen
-            return
-        before = signal.signal(signal.SIGINT, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _ask(self, number, frame) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **more):
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-def _seen(evaluation) -> tuple:
+def _seen(evaluation: Any) -> tuple[Any, ...]:
     predictions = evaluation.predictions
     # Some heads give hidden states after the logits.
     return predictions[0] if isinstance(predictions, tuple) else predictions, evaluation.label_ids

@@ -27,7 +27,7 @@ where lengths allow, it took 0.2 to 0.9 of the time of both passes on one core, 
 per sequence reads thousands of keys whose heads are wide (one step of decoding), without gradients.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,9 @@ def _dropout_threshold(dropout: float) -> int:
     return min(int(dropout * 2**32), 2**32 - 1)
 
 
-def _visible(cu_q: Tensor, cu_k: Tensor, tokens_q: int, tokens_k: int, causal, window) -> Tensor:
+def _visible(
+    cu_q: Tensor, cu_k: Tensor, tokens_q: int, tokens_k: int, causal: bool, window: int
+) -> Tensor:
     """(tokens_q, tokens_k): who sees whom."""
     i = torch.arange(tokens_q, device=cu_q.device, dtype=cu_q.dtype)
     j = torch.arange(tokens_k, device=cu_q.device, dtype=cu_q.dtype)
@@ -91,7 +93,9 @@ def _visible(cu_q: Tensor, cu_k: Tensor, tokens_q: int, tokens_k: int, causal, w
     return seen
 
 
-def _scores(query, key, cu_q, cu_k, options) -> tuple[Tensor, Tensor]:
+def _scores(
+    query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor, options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
     """The capped scores, (kv_heads, groups, tokens_q, tokens_k), and who sees whom."""
     wide = torch.promote_types(query.dtype, torch.float32)
     scale, causal, window, softcap, _ = options
@@ -102,13 +106,14 @@ def _scores(query, key, cu_q, cu_k, options) -> tuple[Tensor, Tensor]:
     return scores, _visible(cu_q, cu_k, query.shape[0], key.shape[0], causal, window)
 
 
-def _kept_scale(query: Tensor, key: Tensor, seed: Tensor | None, dropout: float):
-    """keep / (1 - dropout), (kv_heads, groups, tokens_q, tokens_k); 1 without dropout."""
+def _kept_scale(query: Tensor, key: Tensor, seed: Any, dropout: float) -> Tensor | float:
+    """keep / (1 - dropout), (kv_heads, groups, tokens_q, tokens_k); 1 without dropout and seed."""
     if not dropout:
         return 1.0
     keep = _keep(seed, query.shape[1], query.shape[0], key.shape[0], dropout)
     keep = keep.unflatten(0, (key.shape[1], query.shape[1] // key.shape[1]))
-    return keep.to(torch.promote_types(query.dtype, torch.float32)) / (1 - dropout)
+    out: Tensor | float = keep.to(torch.promote_types(query.dtype, torch.float32)) / (1 - dropout)
+    return out
 
 
 @operator(
@@ -116,7 +121,15 @@ def _kept_scale(query: Tensor, key: Tensor, seed: Tensor | None, dropout: float)
     " Tensor? seed, float scale, bool causal, int window, float softcap, float dropout)"
     " -> (Tensor out, Tensor lse)"
 )
-def _attention(query, key, value, cu_q, cu_k, seed, *options):
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
     scores, seen = _scores(query, key, cu_q, cu_k, options)
     scores = scores.masked_fill(~seen, -torch.inf)
     lse = torch.logsumexp(scores, -1)  # (kv_heads, groups, tokens_q), -inf where nothing is seen
@@ -132,7 +145,18 @@ def _attention(query, key, value, cu_q, cu_k, seed, *options):
     " int window, float softcap, float dropout, bool query_grad, bool key_grad, bool value_grad)"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *rest):
+def _attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     options, needed = rest[:5], rest[5:]
     scale, _, _, softcap, dropout = options
     groups = (key.shape[1], query.shape[1] // key.shape[1])
@@ -152,10 +176,11 @@ def _attention_backward(dout, query, key, value, out, lse, cu_q, cu_k, seed, *re
     ds = ds * scale
     dq = torch.einsum("hgqk,khd->qhgd", ds, key.to(wide)).flatten(1, 2)
     dk = torch.einsum("hgqk,qhgd->khd", ds, query.to(wide).unflatten(1, groups))
-    return tuple(
+    dq, dk, dv = (
         grad.to(query.dtype).contiguous() if need else query.new_empty(0)
         for grad, need in zip((dq, dk, dv), needed, strict=True)
     )
+    return dq, dk, dv
 
 
 implement_in_triton("attention", _attention)
@@ -164,7 +189,16 @@ implement_in_triton("attention_backward", _attention_backward)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, cu_q, cu_k, seed, options):
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        seed: Tensor | None,
+        options: AttentionOptions,
+    ) -> Tensor:
         # query: (tokens_q, heads, head_dim); key, value: (tokens_k, kv_heads, head_dim)
         cu_k = cu_q if cu_k is None else cu_k
         out, lse = _attention(query, key, value, cu_q, cu_k, seed, *options)
@@ -174,7 +208,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:3]
         grads = _attention_backward(_rows(dout), *ctx.saved_tensors, *ctx.options, *needed)
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 4
@@ -292,6 +326,7 @@ def attention(
     cu_q = cu_seqlens_q.to(query.device)
     if needs_autograd(query, key, value):
         tensors = distinct(query, key, value, cu_q, cu_seqlens_k, drawn)
-        return _Attention.apply(*tensors, options)
+        out: Tensor = _Attention.apply(*tensors, options)
+        return out
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k
     return _attention(query, key, value, cu_q, cu_k, drawn, *options)[0]

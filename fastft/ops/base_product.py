@@ -1,28 +1,30 @@
 """base_product: the product of a linear layer's own weight, under the adapters of fastft.ops.lora.
 
-    y = x W^T + bias            dx = total + dy W
+    y = x W^T + bias + narrow wide            dx = total + dy W
 
 The weight is floating point, or int8 with a float32 scale per output channel; the products are then
 those of fastft.ops.int8_linear, and linears that share an input share its rounding.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from fastft.ops import gemm
-from fastft.ops.int8_linear import _round_rows, int8_product
+from fastft.ops.int8_linear import Rounded, _round_rows, int8_product
+from fastft.ops.low_rank import low_rank_add_
 
 
 class Input:
     """x (tokens, in), and what it is rounded to, once, when first wanted."""
 
-    def __init__(self, x: Tensor):
-        self.x, self._rounded = x, None
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
 
-    def rounded(self) -> tuple[Tensor, Tensor]:
-        if self._rounded is None:
-            self._rounded = _round_rows(self.x, None)
-        return self._rounded
+    @cached_property
+    def rounded(self) -> Rounded:
+        return Rounded.of(self.x)
 
 
 def forward_weight(weight: Tensor, transposed: bool) -> Tensor:
@@ -35,12 +37,19 @@ def base_product(
     scale: Tensor | None,  # (out,) of an int8 weight
     bias: Tensor | None,  # (out,)
     transposed: bool,
+    narrow: Tensor,  # (tokens, rank) of an adapter; rank may be 0
+    wide: Tensor,  # (rank, out)
+    factor: float,  # of narrow
 ) -> Tensor:
-    """x W^T + bias: (tokens, out), a new tensor of x's dtype."""
-    if weight.dtype is not torch.int8:
-        return gemm.matmul(given.x, forward_weight(weight, transposed), bias)
-    bias = None if bias is None else bias.float()
-    return int8_product(*given.rounded(), weight, scale, bias).to(given.x.dtype)
+    """x W^T + bias + factor narrow wide: (tokens, out), a new tensor of x's dtype."""
+    if scale is not None:
+        bias = None if bias is None else bias.float()
+        y = given.rounded.product(weight, scale, bias, (narrow * factor, wide))
+        return y.to(given.x.dtype)
+    y = gemm.matmul(given.x, forward_weight(weight, transposed), bias)
+    if narrow.shape[1]:
+        low_rank_add_(y, narrow, wide, None, 1.0, factor)
+    return y
 
 
 def base_input_gradient(

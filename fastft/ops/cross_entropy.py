@@ -12,6 +12,7 @@ the logits gives every row's maximum and its sum of exponentials, which the back
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class LossOptions:
     softcap: float | None = None
     reduction: str = "mean"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing: expected 0 to 1, got {self.label_smoothing}")
         if self.softcap is not None and not self.softcap > 0.0:
@@ -50,7 +51,7 @@ def _seen(logits: Tensor, numbers: list[float]) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def _targets(labels, ignore_index):
+def _targets(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Which rows count, and labels that are safe to index with."""
     kept = labels != ignore_index
     return kept, torch.where(kept, labels, 0)
@@ -60,7 +61,9 @@ def _targets(labels, ignore_index):
     "cross_entropy(Tensor logits, Tensor labels, Tensor? weight, int ignore_index,"
     " float[] numbers) -> (Tensor losses, Tensor stats)"
 )
-def _cross_entropy(logits, labels, weight, ignore_index, numbers):
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, numbers: list[float]
+) -> tuple[Tensor, Tensor]:
     z, smoothing = _seen(logits, numbers), numbers[0]
     rows, vocab = z.shape
     if vocab == 0:
@@ -82,7 +85,15 @@ def _cross_entropy(logits, labels, weight, ignore_index, numbers):
     "cross_entropy_backward(Tensor dlosses, Tensor logits, Tensor labels, Tensor? weight,"
     " Tensor stats, int ignore_index, float[] numbers) -> Tensor dlogits"
 )
-def _cross_entropy_backward(dlosses, logits, labels, weight, stats, ignore_index, numbers):
+def _cross_entropy_backward(
+    dlosses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    ignore_index: int,
+    numbers: list[float],
+) -> Tensor:
     z, (smoothing, softcap, scale) = _seen(logits, numbers), numbers
     rows, vocab = z.shape
     if vocab == 0:
@@ -103,7 +114,14 @@ def _cross_entropy_backward(dlosses, logits, labels, weight, stats, ignore_index
     "cross_entropy_in_place(Tensor(a!) logits, Tensor labels, Tensor? weight, Tensor? dlosses,"
     " int ignore_index, float[] numbers) -> Tensor losses"
 )
-def _cross_entropy_in_place(logits, labels, weight, dlosses, ignore_index, numbers):
+def _cross_entropy_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    numbers: list[float],
+) -> Tensor:
     """The losses; the logits, which must be private, become their own gradient."""
     losses, stats = _cross_entropy.reference(logits, labels, weight, ignore_index, numbers)
     dlosses = torch.ones_like(losses) if dlosses is None else dlosses
@@ -112,7 +130,8 @@ def _cross_entropy_in_place(logits, labels, weight, dlosses, ignore_index, numbe
             dlosses, logits, labels, weight, stats, ignore_index, numbers
         )
     )
-    return losses
+    out: Tensor = losses
+    return out
 
 
 implement_in_triton(
@@ -122,7 +141,14 @@ implement_in_triton(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, weight, ignore_index, numbers):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        numbers: list[float],
+    ) -> Tensor:
         # logits: (rows, vocab)
         losses, stats = _cross_entropy(logits, labels, weight, ignore_index, numbers)
         ctx.save_for_backward(logits, labels, weight, stats)
@@ -131,7 +157,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dlosses):
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, weight, stats = ctx.saved_tensors
         dlogits = _cross_entropy_backward(
             dlosses, logits, labels, weight, stats, ctx.ignore_index, ctx.numbers
@@ -139,7 +165,7 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None, None, None
 
 
-def check_labels(labels: Tensor, ignore_index: int, shape: tuple, vocab: int) -> None:
+def check_labels(labels: Tensor, ignore_index: int, shape: tuple[Any, ...], vocab: int) -> None:
     """Raises where labels are not `shape` class indices below `vocab`, or ignored.
 
     Values are read on the CPU only, and not while tracing: the kernels read them again.
@@ -165,7 +191,9 @@ def refuse_wrong_labels(labels: Tensor, ignore_index: int, vocab: int) -> None:
         )
 
 
-def check_weight(weight: Tensor | None, num_items, reduction: str, vocab: int) -> None:
+def check_weight(
+    weight: Tensor | None, num_items: Tensor | float | None, reduction: str, vocab: int
+) -> None:
     """Raises where the class weights or num_items do not fit the loss."""
     if weight is not None and weight.shape != (vocab,):
         raise ValueError(f"weight: expected shape ({vocab},), got {tuple(weight.shape)}")
@@ -179,7 +207,13 @@ def check_weight(weight: Tensor | None, num_items, reduction: str, vocab: int) -
         raise ValueError(f"num_items: expected one number, got shape {tuple(num_items.shape)}")
 
 
-def averaged(total: Tensor, labels: Tensor, weight: Tensor | None, num_items, ignore_index: int):
+def averaged(
+    total: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    num_items: Tensor | float | None,
+    ignore_index: int,
+) -> Tensor:
     """The sum over num_items, or the labelled rows, or their class weights; 0 without such rows."""
     kept, target = _targets(labels, ignore_index)
     if isinstance(num_items, Tensor):
@@ -201,7 +235,7 @@ def cross_entropy(
     *,
     weight: Tensor | None = None,  # (vocab,)
     num_items: Tensor | float | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """The loss of logits against labels; torch.nn.functional.cross_entropy's definition.
 
@@ -226,8 +260,10 @@ def cross_entropy(
         rows_of(logits), flat, weight, chosen.ignore_index, chosen.numbers()
     )
     if chosen.reduction == "none":
-        return losses.view(labels.shape)
+        out: Tensor = losses.view(labels.shape)
+        return out
     total = losses.sum()
     if chosen.reduction == "sum":
-        return total
+        out = total
+        return out
     return averaged(total, flat, weight, num_items, chosen.ignore_index)

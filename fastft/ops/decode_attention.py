@@ -24,6 +24,8 @@ gradient. The reference, which does not promise the same bits, serves float64, a
 that are no multiple of 8 up to 256 wide.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,15 @@ MAX_QUERIES = 16
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths,"
     " float scale, int window, float softcap) -> Tensor out"
 )
-def _decode_attention(query, key_cache, value_cache, lengths, scale, window, softcap):
+def _decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     queries, heads = query.shape[1:3]
     kv_heads, capacity = key_cache.shape[1:3]
@@ -61,7 +71,7 @@ def _decode_attention(query, key_cache, value_cache, lengths, scale, window, sof
     return out.to(query.dtype).contiguous()
 
 
-def serving(query: Tensor):
+def serving(query: Tensor) -> Callable[..., Tensor]:
     """The raw operator, or its reference for what the CUDA kernel does not take."""
     refused = query.is_cuda and (query.shape[3] % 8 or query.shape[3] > 256)
     return _decode_attention.reference if refused else _decode_attention
@@ -150,7 +160,7 @@ def decode_attention(
             "decode_attention has no gradient and no rule for torch.func: call it under "
             "torch.no_grad(), or call fastft.ops.attention.attention"
         )
-    return serving(query)(
+    out: Tensor = serving(query)(
         query if query.stride(3) == 1 or query.shape[3] <= 1 else query.contiguous(),
         key_cache,
         value_cache,
@@ -159,3 +169,4 @@ def decode_attention(
         -1 if window is None else window,
         0.0 if softcap is None else float(softcap),
     )
+    return out

@@ -18,9 +18,10 @@ The reference, which also serves CUDA by the kernels of the operators it is made
 on the host and its shapes do not depend on values, so that a CUDA graph can hold it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,11 @@ from fastft.ops.quantized_linear import Adapter, QuantizedWeight, _quantized_lin
 from fastft.ops.rotary import _rotary
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order the kernels number them
-_PLAIN = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class DecoderLayer:
     key_norm: NormWeight = NormWeight(None)
     window: int = -1
     softcap: float = 0.0
-    arguments: tuple = field(init=False, repr=False)
+    arguments: tuple[Any, ...] = field(init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Made once: in a step of decoding, gathering them would cost as much as some kernels.
         norms = [
             self.attention_norm.weight,
@@ -83,7 +88,9 @@ class DecoderLayer:
             self.query_norm.weight,
             self.key_norm.weight,
         ]
-        linears, adapters, scales = [], [], []
+        linears: list[Tensor | None] = []
+        adapters: list[Tensor | None] = []
+        scales: list[float] = []
         for linear in self.linears:
             linears += [linear.weight.values, linear.weight.scale, linear.bias]
         for j in range(len(self.linears[0].adapters)):
@@ -101,11 +108,12 @@ class DecoderLayer:
     def plan(self) -> Tensor:
         """What the CPU's kernels read: addresses of its tensors, which must live as long."""
         norms, linears, adapters, scales, rounds = self.arguments
-        return _decoder_plan(
+        out: Tensor = _decoder_plan(
             linears, norms, adapters, scales, rounds, self.heads,
             ACTIVATIONS.index(self.activation), self.gated, self.center, self.eps, self.offset,
             self.scale, self.window, self.softcap,
         )  # fmt: skip
+        return out
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,23 @@ class Tokens:
     adapter_of: Tensor | None = None  # (batch,) int32, -1 for none; None: all take the one there is
 
 
-def _linears(x, row, linears, adapters, scales, adapter_of, round_inputs, first, count):
+def _linears(
+    x: Tensor,
+    row: Tensor,
+    linears: list[Any],  # of three each, Tensor or None: values, scale, bias
+    adapters: list[Any],  # of two each: a and b, or None and None
+    scales: list[float],
+    adapter_of: Tensor | None,
+    round_inputs: bool,
+    first: int,
+    count: int,
+) -> Tensor:
     """Linear layers [first, first + count), their results side by side."""
     total, outs = len(linears) // 3, []
     for i in range(first, first + count):
         values, scale, bias = linears[3 * i : 3 * i + 3]
         values = values if values.stride(1) == 1 or x.is_cpu else values.contiguous()
-        chosen = [(adapters[2 * j], adapters[2 * j + 1], scales[j])
+        chosen: list[Any] = [(adapters[2 * j], adapters[2 * j + 1], scales[j])
                   for j in range(i, len(scales), total)]  # fmt: skip
         if adapter_of is None:
             a, b, lora_scale = chosen[0] if chosen else (None, None, 0.0)
@@ -141,7 +159,17 @@ def _linears(x, row, linears, adapters, scales, adapter_of, round_inputs, first,
     return torch.cat(outs, 1) if count > 1 else outs[0]
 
 
-def _attend(q, keys, values, place, seen, queries, scale, window, softcap):
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    place: Tensor,
+    seen: Tensor,
+    queries: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
     """q (tokens, heads, head_dim) at `place` of (batch * queries); at most MAX_QUERIES a call."""
     padded = q.new_zeros(len(seen) * queries, *q.shape[1:])
     padded = padded.index_copy_(0, place, q).view(len(seen), queries, *q.shape[1:])
@@ -162,10 +190,12 @@ def _attend(q, keys, values, place, seen, queries, scale, window, softcap):
     " float softcap) -> Tensor"
 )
 def _decoder_layer(
-    x, keys, values, cu_seqlens, lengths, queries, cos, sin, norms, linears, adapters,
-    adapter_scales, adapter_of, round_inputs, heads, activation, gated, center, eps, offset,
-    scale, window, softcap,
-):  # fmt: skip
+    x: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor, lengths: Tensor, queries: int,
+    cos: Tensor | None, sin: Tensor | None, norms: list[Tensor | None],
+    linears: list[Tensor | None], adapters: list[Tensor | None], adapter_scales: list[float],
+    adapter_of: Tensor | None, round_inputs: bool, heads: int, activation: int, gated: bool,
+    center: bool, eps: float, offset: float, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
     if len(x) == 0:
         return x.clone()
     token = torch.arange(len(x), device=x.device)
@@ -173,13 +203,13 @@ def _decoder_layer(
     behind = cu_seqlens[1:].long()[row] - token  # tokens of the row from this one on
     dim, kv_heads = keys.shape[3], keys.shape[1]
 
-    def norm(x, weight, bias):
+    def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if center:
             return _layer_norm(rows, None, weight, bias, eps)[0].view_as(x)
         return _rms_norm(rows, None, weight, eps, offset)[0].view_as(x)
 
-    def apply(x, first, count):
+    def apply(x: Tensor, first: int, count: int) -> Tensor:
         return _linears(
             x, row, linears, adapters, adapter_scales, adapter_of, round_inputs, first, count
         )
@@ -193,7 +223,7 @@ def _decoder_layer(
     )
     q = q if norms[4] is None else norm(q, norms[4], None)
     k = k if norms[5] is None else norm(k, norms[5], None)
-    if cos is not None:
+    if cos is not None and sin is not None:
         q, k = (y[0] for y in _rotary(q[None], k[None], cos[None], sin[None], 2))
     slot = lengths.long()[row] - behind
     keys[row, :, slot] = k.to(keys.dtype)
@@ -204,7 +234,11 @@ def _decoder_layer(
     x = x + apply(attended.flatten(1), inputs, 1)
     h = apply(norm(x, norms[2], norms[3]), inputs + 1, last - inputs - 1)
     name = ACTIVATIONS[activation]
-    h = _gated_mlp(*h.chunk(2, 1), name) if gated else _PLAIN[name](h)
+    if gated:
+        gate, up = h.chunk(2, 1)
+        h = _gated_mlp(gate, up, name)
+    else:
+        h = _PLAIN[name](h)
     return x + apply(h, last, 1)
 
 
@@ -236,10 +270,11 @@ def decoder_layers(
     Raises: RuntimeError that names the argument.
     """
     if extension is not None and x.is_cpu and x.dtype is torch.float32 and layers:
-        return _decoder_layers(
+        out: Tensor = _decoder_layers(
             x, keys, values, tokens.cu_seqlens, tokens.lengths, tokens.queries, tokens.cos,
             tokens.sin, tokens.adapter_of, [layer.plan for layer in layers],
         )  # fmt: skip
+        return out
     for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
         x = decoder_layer(x, layer, own_keys, own_values, tokens)
     return x

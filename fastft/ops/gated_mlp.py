@@ -15,6 +15,8 @@ kept for the backward, which recomputes the activation and can give h again in t
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 @operator("gated_mlp(Tensor gate, Tensor up, str activation) -> Tensor")
-def _gated_mlp(gate, up, activation):
+def _gated_mlp(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     wide_gate, wide_up = _wide(gate, up)
     h = gate.new_empty(gate.shape)
     return h.copy_(_activation(wide_gate, activation)[0] * wide_up)
@@ -61,7 +63,9 @@ def _gated_mlp(gate, up, activation):
     "gated_mlp_backward(Tensor dh, Tensor gate, Tensor up, str activation, bool with_h)"
     " -> (Tensor h, Tensor dgate, Tensor dup)"
 )
-def _gated_mlp_backward(dh, gate, up, activation, with_h):
+def _gated_mlp_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, activation: str, with_h: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     wide_dh, wide_gate, wide_up = _wide(dh, gate, up)
     act, slope = _activation(wide_gate, activation)
     h = gate.new_empty(gate.shape).copy_(act * wide_up) if with_h else gate.new_empty(0)
@@ -84,14 +88,17 @@ _EAGER_SIZES = {
     },
     ("gelu", torch.float32, False): range(1 << 15, 1 << 20),
 }
-_EAGER = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+_EAGER: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+}
 
 implement_in_triton("gated_mlp", _gated_mlp, _gated_mlp_backward)
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         # gate, up: (..., intermediate), rows at any distance
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
@@ -99,7 +106,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dh):
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         gate_grad, up_grad, _ = ctx.needs_input_grad
         if not gate_grad:
@@ -138,6 +145,7 @@ def gated_mlp(
         if gate.numel() in _EAGER_SIZES.get((activation, gate.dtype, grad), ()):
             return (_EAGER[activation](gate) * up).contiguous()
     if grad:
-        return _GatedMlp.apply(*distinct(gate, up), activation)
+        out: Tensor = _GatedMlp.apply(*distinct(gate, up), activation)
+        return out
     # Decoding makes thousands of small calls, which the autograd Function would slow twofold.
     return _gated_mlp(gate, up, activation)

@@ -42,21 +42,23 @@ def uses_onednn(rows: int, w: Tensor, x: Tensor) -> bool:
         and x.is_cpu
         and rows * w.shape[0] * w.shape[1] >= _WORTHWHILE
         and rows >= 8
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
 def matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w + bias for x: (rows, in), w: (in, out) of any strides, bias: (out,)."""
     if uses_onednn(x.shape[0], w, x):
-        return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
+        return out
     return torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)
 
 
 def add_matmul(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """total + x w as a new tensor, total: (rows, out); one pass where the library fuses it."""
     if uses_onednn(x.shape[0], w, x) and total.is_contiguous():
-        return torch.ops.mkldnn._linear_pointwise.binary(x, total, w.t(), None, "add")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, total, w.t(), None, "add")
+        return out
     return torch.addmm(total, x, w)
 
 

@@ -1,11 +1,12 @@
 """Int8Linear: a linear layer that holds int8 numbers instead of a weight (base_weights="int8")."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fastft.ops.int8_linear import int8_linear
@@ -23,14 +24,21 @@ class Origin:
         from safetensors import safe_open
 
         with safe_open(self.file, "pt") as held:
-            return held.get_tensor(self.name)
+            out: Tensor = held.get_tensor(self.name)
+            return out
 
 
 class _NoWeight(Tensor):
     """The weight of a layer that holds none."""
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
         raise RuntimeError(
             "this layer holds int8 numbers and no weight: fastft.unpatch(model) gives it back, "
             "for merging an adapter into it for instance"
@@ -45,9 +53,14 @@ class Int8Linear(nn.Linear):
     one.
     """
 
+    values: Tensor
+    scale: Tensor
+    replaced: nn.Linear
+    origin: Origin | None
+
     def __init__(
         self, layer: nn.Linear, origin: Origin | None = None, weight: Tensor | None = None
-    ):
+    ) -> None:
         """weight: of a layer on the meta device."""
         nn.Module.__init__(self)  # not Linear's, which would make a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -55,7 +68,7 @@ class Int8Linear(nn.Linear):
         self.register_buffer("values", stored.values, persistent=False)  # (out, in) int8
         self.register_buffer("scale", stored.scale, persistent=False)  # (out, 1) float32
         self.bias = layer.bias
-        self.dtype = layer.weight.dtype
+        self.dtype: torch.dtype = layer.weight.dtype
         self.computes = "int8"
         # Past nn.Module's own bookkeeping: it is no part of this one.
         vars(self)["replaced"], vars(self)["origin"] = layer, origin
@@ -104,24 +117,34 @@ class Int8Linear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """What tells shape, dtype and device, as PEFT asks, and raises for whoever computes."""
         device = self.values.device
         shape = (self.out_features, self.in_features)
         return Tensor._make_wrapper_subclass(_NoWeight, shape, dtype=self.dtype, device=device)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         scale = self.scale
         super()._apply(fn, recurse)
         # model.half() would round the scales; they move with the values all the same.
         self.scale = scale.to(self.values.device)
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = dequantize(self.stored, self.dtype)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
+    ) -> None:
         weight = state_dict.pop(prefix + "weight", None)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if weight is None:
@@ -129,7 +152,7 @@ class Int8Linear(nn.Linear):
             return
         stored = quantize(weight)
         self.values.copy_(stored.values)
-        self.scale.copy_(stored.scale)
+        self.scale.copy_(stored.scale)  # type: ignore[arg-type]  # int8 has one
         vars(self)["origin"] = None  # what the folder keeps is another weight
 
 

@@ -11,6 +11,9 @@ and its gradient are 1.5 %, the twelve additions less than 1 %, and query, key a
 product would run at the speed of three (384 x 1152: 440 GFLOP/s, 384 x 384: 434).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,7 @@ from fastft.ops import gemm
 
 
 @operator("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-def _linear(x, weight, bias):
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -34,11 +37,15 @@ def _linear(x, weight, bias):
     "linear_backward(Tensor dy, Tensor x, Tensor weight, bool[] needs)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
-def _linear_backward(dy, x, weight, needs):
+def _linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(torch.mm, dy, x, weight, needs)
 
 
-def _gradients(product, dy, x, weight, needs):
+def _gradients(
+    product: Callable[..., Tensor], dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     """needs: x, weight, bias; what is not needed is empty."""
     dx = product(dy, weight) if needs[0] else x.new_empty(0)
     dweight = product(dy.t(), x).contiguous() if needs[1] else x.new_empty(0)
@@ -46,24 +53,26 @@ def _gradients(product, dy, x, weight, needs):
 
 
 @implement(_linear, "CPU", "PyTorch's products")
-def _linear_cpu(x, weight, bias):
+def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return gemm.matmul(x, weight.t(), bias)
 
 
 @implement(_linear_backward, "CPU", "PyTorch's products")
-def _linear_backward_cpu(dy, x, weight, needs):
+def _linear_backward_cpu(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(gemm.matmul, dy, x, weight, needs)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _linear(x, weight, bias)
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad)
         grads = _linear_backward(rows_of(dy), x, weight, needs)
@@ -93,6 +102,6 @@ def linear(
     """
     if torch.is_autocast_enabled(x.device.type) or not _wins(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
-    arguments = distinct(rows_of(x), weight, bias)
+    arguments: list[Any] = distinct(rows_of(x), weight, bias)
     function = _Linear.apply if needs_autograd(x, weight, bias) else _linear
     return function(*arguments).view(*x.shape[:-1], weight.shape[0])

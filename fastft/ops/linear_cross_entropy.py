@@ -11,6 +11,7 @@ That has not been measured on a GPU yet.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def linear_cross_entropy(
     weight: Tensor | None = None,  # (vocab,)
     num_items: Tensor | float | None = None,
     form: str = "chunked",
-    **options,
+    **options: Any,
 ) -> Tensor:
     """cross_entropy(logits of the head, labels) without holding the logits.
 
@@ -106,7 +107,7 @@ def linear_cross_entropy(
     check_weight(weight, num_items, chosen.reduction, vocab)
     _check_form(form, head, weight, chosen)
     a, b, lora_scale = head.lora or (None, None, 1.0)
-    tensors = [x, head.weight, head.bias, a, b]
+    tensors: list[Any] = [x, head.weight, head.bias, a, b]
     dtype = autocast_dtype(x.device)
     if dtype is not None and x.dtype is not torch.float64:
         tensors = [t if t is None else t.to(dtype) for t in tensors]
@@ -115,9 +116,11 @@ def linear_cross_entropy(
     needs = [grad and t is not None and t.requires_grad for t in tensors]
     flat, each = labels.reshape(-1), chosen.reduction == "none"
     numbers = [float(lora_scale), *chosen.numbers(head.logit_scale)]
-    tensors = distinct(rows_of(tensors[0]), *tensors[1:], flat, weight)
+    tensors[:] = distinct(rows_of(tensors[0]), *tensors[1:], flat, weight)
     if form == "blockwise":
-        out = blockwise(*tensors[:2], flat, chosen.ignore_index, *numbers[2:])
+        softcap, logit_scale = numbers[2:]
+        rows, head_weight = tensors[:2]
+        out = blockwise(rows, head_weight, flat, chosen.ignore_index, softcap, logit_scale)
         out = out if each else out.sum()
     else:
         x, *rest, flat, weight = tensors

@@ -9,6 +9,9 @@ dW. That is 3 products of x and W with a frozen head and 5 without, where `linea
 chunks of rows need 2 and 3, so this form saves their memory (half a GB) at the price of time.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _parts(x: Tensor):
+def _parts(x: Tensor) -> Iterator[slice]:
     return (slice(start, start + _ROWS) for start in range(0, x.shape[0], _ROWS))
 
 
@@ -32,7 +35,9 @@ def _parts(x: Tensor):
     "linear_cross_entropy_blockwise(Tensor x, Tensor weight, Tensor labels, int ignore_index,"
     " float[] numbers) -> (Tensor losses, Tensor lse)"
 )
-def _blockwise(x, weight, labels, ignore_index, numbers):
+def _blockwise(
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, numbers: list[float]
+) -> tuple[Tensor, Tensor]:
     """numbers: softcap (0: none), logit scale. Ignored rows have the loss and the lse 0."""
     losses, lse = (x.new_empty(x.shape[0], dtype=_wide(x)) for _ in range(2))
     kept, target = _targets(labels, ignore_index)
@@ -50,7 +55,16 @@ def _blockwise(x, weight, labels, ignore_index, numbers):
     " Tensor labels, Tensor lse, int ignore_index, float[] numbers, bool[] needs)"
     " -> (Tensor dx, Tensor dweight)"
 )
-def _blockwise_backward(dlosses, x, weight, labels, lse, ignore_index, numbers, needs):
+def _blockwise_backward(
+    dlosses: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    numbers: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
     """needs: dx, dweight; empty where not needed."""
     softcap, scale = numbers
     kept, target = _targets(labels, ignore_index)
@@ -76,7 +90,9 @@ implement_in_triton("linear_cross_entropy", _blockwise, _blockwise_backward)
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, settings):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, settings: tuple[Any, ...]
+    ) -> Tensor:
         # x: (rows, hidden)
         losses, lse = _blockwise(x, weight, labels, *settings)
         ctx.save_for_backward(x, weight, labels, lse)
@@ -85,9 +101,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dlosses):
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:2])
-        grads = _blockwise_backward(dlosses, *ctx.saved_tensors, *ctx.settings, needs)
+        arguments = (*ctx.saved_tensors, *ctx.settings, needs)
+        grads = _blockwise_backward(dlosses, *arguments)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -100,4 +117,5 @@ def blockwise(
     logit_scale: float = 1.0,
 ) -> Tensor:
     """The loss of every row, in float32 (float64 for float64)."""
-    return _Blockwise.apply(x, weight, labels, (ignore_index, [softcap, logit_scale]))
+    out: Tensor = _Blockwise.apply(x, weight, labels, (ignore_index, [softcap, logit_scale]))
+    return out

@@ -13,6 +13,8 @@ every loss has its own upstream gradient, it enters g, so the backward computes 
 Gradients of weights are added up in float32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,16 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias, x, weight.t(), out=logits)
 
 
-def _chunked(x, head, labels, class_weight, dlosses, ignore_index, numbers, needs):
+def _chunked(
+    x: Tensor,
+    head: list[Any],  # weight, and Tensor or None each: bias, a, b
+    labels: Tensor,
+    class_weight: Tensor | None,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    numbers: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight, bias, a, b = head
     lora_scale, loss_numbers = numbers[0], numbers[1:]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -91,7 +102,8 @@ def _chunked(x, head, labels, class_weight, dlosses, ignore_index, numbers, need
         _add_gradients(logits, x[part], low, head, lora_scale, dx[part] if needs[0] else None, sums)
         del logits  # before the next chunk's are allocated
     dtypes = [x.dtype if t is None else t.dtype for t in head]
-    return losses, dx, *(s.to(d) for s, d in zip(sums, dtypes, strict=True))
+    dweight, dbias, da, db = (s.to(d) for s, d in zip(sums, dtypes, strict=True))
+    return losses, dx, dweight, dbias, da, db
 
 
 def _own(t: Tensor) -> torch.dtype:
@@ -102,7 +114,15 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _add_gradients(grad, x, low, head, lora_scale, dx, sums):
+def _add_gradients(
+    grad: Tensor,
+    x: Tensor,
+    low: Any,  # None without LoRA
+    head: list[Any],  # weight, and Tensor or None each: bias, a, b
+    lora_scale: float,
+    dx: Tensor | None,
+    sums: list[Tensor],
+) -> None:
     weight, _, a, b = head
     dweight, dbias, da, db = sums
     if dx is not None:
@@ -128,7 +148,16 @@ def _add_gradients(grad, x, low, head, lora_scale, dx, sums):
     " Tensor? dlosses, int ignore_index, float[] numbers, bool[] needs)"
     " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias, Tensor da, Tensor db)"
 )
-def _linear_cross_entropy(x, head, labels, class_weight, dlosses, ignore_index, numbers, needs):
+def _linear_cross_entropy(
+    x: Tensor,
+    head: list[Any],  # weight, and Tensor or None each: bias, a, b
+    labels: Tensor,
+    class_weight: Tensor | None,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    numbers: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """head: weight, bias, A, B; numbers: LoRA's scale, then cross_entropy's; needs: x, then head.
 
     dlosses are the upstream gradients, ones where None. Gradients not needed are empty.
@@ -137,7 +166,16 @@ def _linear_cross_entropy(x, head, labels, class_weight, dlosses, ignore_index, 
 
 
 @implement(_linear_cross_entropy, "CPU", "C++ and PyTorch's products")
-def _labelled_only(x, head, labels, class_weight, dlosses, ignore_index, numbers, needs):
+def _labelled_only(
+    x: Tensor,
+    head: list[Any],  # weight, and Tensor or None each: bias, a, b
+    labels: Tensor,
+    class_weight: Tensor | None,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    numbers: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Compiled code, and code for GPUs, has not looked at the labels' values before.
     refuse_wrong_labels(labels, ignore_index, head[0].shape[0])
     kept = (labels != ignore_index).nonzero()[:, 0]
@@ -145,17 +183,19 @@ def _labelled_only(x, head, labels, class_weight, dlosses, ignore_index, numbers
     if kept.numel() == labels.numel():
         return _chunked(x, head, labels, *rest)
     upstream = None if dlosses is None else dlosses[kept]
-    losses, dx, *grads = _chunked(
+    losses, dx, dweight, dbias, da, db = _chunked(
         x[kept], head, labels[kept], class_weight, upstream, ignore_index, numbers, needs
     )
     every = losses.new_zeros(labels.shape).index_copy_(0, kept, losses)
     if needs[0]:
         dx = dx.new_zeros(x.shape).index_copy_(0, kept, dx)
-    return every, dx, *grads
+    return every, dx, dweight, dbias, da, db
 
 
 @implement(_linear_cross_entropy, "CUDA", "Triton and PyTorch's products")
-def _for_cuda(x, head, labels, *rest):
+def _for_cuda(
+    x: Tensor, head: list[Any], labels: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows without a label are left out where that is worth a wait, which a graph cannot record."""
     worth = x.numel() * head[0].shape[0] >= _GPU_WORTH_WAITING
     if worth and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -167,7 +207,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The losses' sum, or with `each` the losses themselves."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, labels, class_weight, settings):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
         # x: (rows, hidden)
         ignore_index, numbers, needs, each = settings
         losses, *finished = _linear_cross_entropy(
@@ -186,7 +236,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ignore_index, numbers, needs, each = ctx.settings
         grads, ctx.finished = ctx.finished, None
         if grads is None:
@@ -204,7 +254,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def chunked(x, head, labels, class_weight, ignore_index, numbers, needs, each):
+def chunked(
+    x: Tensor,
+    head: list[Any],  # weight, and Tensor or None each: bias, a, b
+    labels: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    numbers: list[float],
+    needs: list[bool],
+    each: bool,
+) -> Tensor:
     """The losses' sum, or with `each` the losses; arguments as the operator's."""
     settings = ignore_index, numbers, needs, each
-    return _LinearCrossEntropy.apply(x, *head, labels, class_weight, settings)
+    out: Tensor = _LinearCrossEntropy.apply(x, *head, labels, class_weight, settings)
+    return out

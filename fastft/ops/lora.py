@@ -16,6 +16,7 @@ over an int8 weight to the integer products of fastft.ops.int8_linear.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,18 @@ def _shares_products(a: list[Tensor], masks: list[Tensor | None]) -> bool:
     " Tensor[] b, Tensor?[] masks, float[] scales, float[] keep_scales, bool[] transposed)"
     " -> (Tensor[] ys, Tensor[] xas)"
 )
-def _lora(x, weights, weight_scales, biases, a, b, masks, scales, keep_scales, transposed):
+def _lora(
+    x: Tensor,
+    weights: list[Tensor],
+    weight_scales: list[Tensor | None],
+    biases: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    masks: list[Tensor | None],
+    scales: list[float],
+    keep_scales: list[float],
+    transposed: list[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
     if _shares_products(a, masks):
         joint = low_rank_dot(x, torch.cat([each.to(wide_dtype(each)) for each in a]))
         xas = [part.contiguous() for part in joint.split([each.shape[0] for each in a], 1)]
@@ -68,10 +80,8 @@ def _lora(x, weights, weight_scales, biases, a, b, masks, scales, keep_scales, t
         ]
     ys, given = [], Input(x)
     for i, weight in enumerate(weights):
-        y = base_product(given, weight, weight_scales[i], biases[i], transposed[i])
-        if a[i].shape[0]:
-            low_rank_add_(y, xas[i], b[i].t(), None, 1.0, scales[i])
-        ys.append(y)
+        own = (weight, weight_scales[i], biases[i], transposed[i])
+        ys.append(base_product(given, *own, xas[i], b[i].t(), scales[i]))
     return ys, xas
 
 
@@ -81,17 +91,26 @@ def _lora(x, weights, weight_scales, biases, a, b, masks, scales, keep_scales, t
     " bool input_grad) -> (Tensor dx, Tensor[] us)"
 )
 def _lora_backward_input(
-    dys, weights, weight_scales, a, b, masks, scales, keep_scales, transposed, input_grad
-):
+    dys: list[Tensor],
+    weights: list[Tensor],
+    weight_scales: list[Tensor | None],
+    a: list[Tensor],
+    b: list[Tensor],
+    masks: list[Tensor | None],
+    scales: list[float],
+    keep_scales: list[float],
+    transposed: list[bool],
+    input_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
     us = [
         low_rank_dot(dy, each.t(), None, 1.0, scale)
         for dy, each, scale in zip(dys, b, scales, strict=True)
     ]
     if not input_grad:
         return dys[0].new_empty(0), us
-    dx = None
-    for each in zip(dys, weights, weight_scales, transposed, strict=True):
-        dx = base_input_gradient(dx, *each)
+    dx: Any = None
+    for product in zip(dys, weights, weight_scales, transposed, strict=True):
+        dx = base_input_gradient(dx, *product)
     if _shares_products(a, masks):
         low_rank_add_(dx, torch.cat(us, 1), torch.cat([each.to(us[0].dtype) for each in a]))
     else:
@@ -105,7 +124,15 @@ def _lora_backward_input(
     "lora_backward_adapters(Tensor x, Tensor[] dys, Tensor[] us, Tensor[] xas, Tensor?[] masks,"
     " float[] scales, float[] keep_scales) -> (Tensor[] da, Tensor[] db)"
 )
-def _lora_backward_adapters(x, dys, us, xas, masks, scales, keep_scales):
+def _lora_backward_adapters(
+    x: Tensor,
+    dys: list[Tensor],
+    us: list[Tensor],
+    xas: list[Tensor],
+    masks: list[Tensor | None],
+    scales: list[float],
+    keep_scales: list[float],
+) -> tuple[list[Tensor], list[Tensor]]:
     if _shares_products(us, masks):
         joint = low_rank_sum(x, torch.cat(us, 1))
         da = [part.clone() for part in joint.split([u.shape[1] for u in us])]
@@ -144,7 +171,7 @@ class _Group:
         )
 
 
-def _unflatten(tensors, count: int) -> tuple[list, ...]:
+def _unflatten(tensors: Sequence[Any], count: int) -> tuple[list[Any], ...]:
     """Six lists of `count` from one flat one: weights, their scales, biases, a, b, masks."""
     return tuple(list(tensors[i * count : (i + 1) * count]) for i in range(6))
 
@@ -162,7 +189,7 @@ class _Saved:
     xas: list[Tensor]
 
     @staticmethod
-    def of(group: _Group, tensors: Sequence) -> "_Saved":
+    def of(group: _Group, tensors: Sequence[Any]) -> "_Saved":
         return _Saved(group, *_unflatten(tensors, len(group.scales)))
 
     def input_grad(self, dys: list[Tensor], needed: bool) -> tuple[Tensor, list[Tensor]]:
@@ -173,12 +200,17 @@ class _Saved:
             g.scales, g.keep_scales, g.transposed, needed,
         )  # fmt: skip
 
-    def tensor_grads(self, x: Tensor, dys: list[Tensor], us: list[Tensor], need) -> list:
+    def tensor_grads(
+        self, x: Tensor, dys: list[Tensor], us: list[Tensor], need: Sequence[bool]
+    ) -> list[Any]:
         """Gradients of weights, scales, biases, a, b, masks in one list; None where not needed."""
         g, count = self.group, len(dys)
         weights, _, biases, need_a, need_b, _ = _unflatten(need, count)
         none = [None] * count
-        da, db, dweights, dbiases = none, none, list(none), list(none)
+        da: list[Any] = none
+        db: list[Any] = none
+        dweights: list[Any] = list(none)
+        dbiases: list[Any] = list(none)
         if any(need_a) or any(need_b):
             da, db = _lora_backward_adapters(
                 x, dys, us, self.xas, self.masks, g.scales, g.keep_scales
@@ -196,7 +228,7 @@ class _Saved:
 
 class _Lora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group, x, *tensors):
+    def forward(ctx: Any, group: _Group, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         # x: (tokens, in)
         weights, weight_scales, biases, a, b, masks = _unflatten(tensors, len(group.scales))
         ys, xas = _lora(
@@ -209,12 +241,12 @@ class _Lora(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, *dys):
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         saved = _Saved.of(ctx.group, tensors)
-        dys = [rows_of(dy) for dy in dys]
-        dx, us = saved.input_grad(dys, ctx.needs_input_grad[1])
-        grads = saved.tensor_grads(x, dys, us, ctx.needs_input_grad[2:])
+        rows = [rows_of(dy) for dy in dys]
+        dx, us = saved.input_grad(rows, ctx.needs_input_grad[1])
+        grads = saved.tensor_grads(x, rows, us, ctx.needs_input_grad[2:])
         return None, dx if ctx.needs_input_grad[1] else None, *grads
 
 
@@ -228,6 +260,8 @@ def dropout_mask(x: Tensor, p: float) -> Tensor | None:
 def check_adapter(name: str, linear: LoraLinear, rows: int, columns: int) -> None:
     """Raises where a and b do not fit `columns` inputs and `rows` outputs."""
     a, b = linear.a, linear.b
+    if a is None or b is None:
+        raise ValueError(f"{name}: expected both a and b")
     if a.shape[1:] != (columns,) or b.shape != (rows, a.shape[0]):
         raise ValueError(
             f"{name}: expected a (rank, {columns}) and b ({rows}, rank), "
@@ -240,7 +274,8 @@ def check_adapter(name: str, linear: LoraLinear, rows: int, columns: int) -> Non
 
 
 def _is_int8(weight: QuantizedWeight) -> bool:
-    return weight.values.dtype is torch.int8 and weight.scale.dtype is torch.float32
+    scale = weight.scale
+    return weight.values.dtype is torch.int8 and scale is not None and scale.dtype is torch.float32
 
 
 def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
@@ -249,20 +284,21 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
     if not x.is_floating_point() or x.dim() == 0:
         raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
     for i, each in enumerate(linears):
-        stored = isinstance(each.weight, QuantizedWeight)
-        if not stored and each.weight.dim() != 2:
+        weight = each.weight
+        if isinstance(weight, Tensor) and weight.dim() != 2:
             raise ValueError(
-                f"linears[{i}].weight: expected two dimensions, got {tuple(each.weight.shape)}"
+                f"linears[{i}].weight: expected two dimensions, got {tuple(weight.shape)}"
             )
-        rows, columns = each.weight.shape[::-1] if each.transposed else each.weight.shape
+        rows, columns = weight.shape[::-1] if each.transposed else weight.shape
         if columns != x.shape[-1]:
             raise ValueError(
                 f"linears[{i}].weight: expected {x.shape[-1]} inputs as x has, got {columns}"
             )
-        if stored and not (_is_int8(each.weight) and not each.transposed):
-            raise TypeError(f"linears[{i}].weight: expected int8 (out, in), a scale per output")
-        if not stored and each.weight.dtype != x.dtype:
-            raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {each.weight.dtype}")
+        if isinstance(weight, QuantizedWeight):
+            if each.transposed or not _is_int8(weight):
+                raise TypeError(f"linears[{i}].weight: expected int8 (out, in), a scale per output")
+        elif weight.dtype != x.dtype:
+            raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {weight.dtype}")
         if each.bias is not None and each.bias.shape != (rows,):
             raise ValueError(
                 f"linears[{i}].bias: expected shape ({rows},), got {tuple(each.bias.shape)}"
@@ -293,7 +329,9 @@ def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tens
         b.append(rows.new_empty(out, 0) if each.b is None else each.b)
     masks = [dropout_mask(rows, each.dropout if each.a is not None else 0.0) for each in linears]
     values = [w if isinstance(w, Tensor) else w.values for w in weights]
-    weight_scales = [None if isinstance(w, Tensor) else w.scale[:, 0] for w in weights]
+    weight_scales = [
+        None if isinstance(w, Tensor) or w.scale is None else w.scale[:, 0] for w in weights
+    ]
     return rows, [*values, *weight_scales, *biases, *a, *b, *masks]
 
 

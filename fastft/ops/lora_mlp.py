@@ -6,6 +6,8 @@ Saved for backward: x, gate(x), up(x) and the adapters' narrow products. h is no
 that makes the gradients of gate and up writes it again.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,15 @@ from fastft.ops.lora import LoraLinear, _Group, _lora, _Saved, _unflatten, prepa
 
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inner, outer, activation, p, x, *tensors):
+    def forward(
+        ctx: Any,
+        inner: _Group,
+        outer: _Group,
+        activation: str,
+        p: float,
+        x: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
         # x: (tokens, hidden); inner: gate and up, outer: down
         first, last = tensors[:12], tensors[12:]
         weights, weight_scales, biases, a, b, masks = _unflatten(first, 2)
@@ -40,7 +50,7 @@ class _LoraMlp(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, *tensors = ctx.saved_tensors
         inner, outer = _Saved.of(ctx.inner, tensors[:12]), _Saved.of(ctx.outer, tensors[12:])
         need = ctx.needs_input_grad[4:]
@@ -81,4 +91,5 @@ def lora_mlp(
     y = _LoraMlp.apply(
         _Group.of((gate, up)), _Group.of((down,)), activation, p, *distinct(rows, *first, *last)
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    out: Tensor = y.view(*x.shape[:-1], y.shape[-1])
+    return out

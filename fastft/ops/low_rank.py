@@ -9,10 +9,13 @@ without. Sums are float32 whatever the matrix's dtype. At rank 8 a GEMM
 library takes 2.5 times as long or more; above `_GEMM_RANK` one is used.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastft.library import implement_in_triton, operator
+from fastft.library import Operator, implement_in_triton, operator
 from fastft.ops import gemm
 
 # On two cores, 512 x 576 in float32, the three kernels together take 1/1.9 of a GEMM library's time
@@ -34,7 +37,9 @@ def _masked(matrix: Tensor, mask: Tensor | None, keep_scale: float) -> Tensor:
     "low_rank_dot(Tensor matrix, Tensor wide, Tensor? mask, float keep_scale, float scale)"
     " -> Tensor"
 )
-def _low_rank_dot(matrix, wide, mask, keep_scale, scale):
+def _low_rank_dot(
+    matrix: Tensor, wide: Tensor, mask: Tensor | None, keep_scale: float, scale: float
+) -> Tensor:
     m = _masked(matrix, mask, keep_scale)
     return (gemm.matmul(m, wide.to(m.dtype).t()) * scale).contiguous()
 
@@ -43,7 +48,9 @@ def _low_rank_dot(matrix, wide, mask, keep_scale, scale):
     "low_rank_sum(Tensor matrix, Tensor narrow, Tensor? mask, float keep_scale, float scale)"
     " -> Tensor"
 )
-def _low_rank_sum(matrix, narrow, mask, keep_scale, scale):
+def _low_rank_sum(
+    matrix: Tensor, narrow: Tensor, mask: Tensor | None, keep_scale: float, scale: float
+) -> Tensor:
     m = _masked(matrix, mask, keep_scale)
     return (gemm.matmul(narrow.t(), m) * scale).contiguous()
 
@@ -52,7 +59,14 @@ def _low_rank_sum(matrix, narrow, mask, keep_scale, scale):
     "low_rank_add_(Tensor(a!) matrix, Tensor narrow, Tensor wide, Tensor? mask, float keep_scale,"
     " float scale) -> ()"
 )
-def _low_rank_add_(matrix, narrow, wide, mask, keep_scale, scale):
+def _low_rank_add_(
+    matrix: Tensor,
+    narrow: Tensor,
+    wide: Tensor,
+    mask: Tensor | None,
+    keep_scale: float,
+    scale: float,
+) -> None:
     added = gemm.matmul(narrow, wide.to(narrow.dtype)) * scale
     if mask is not None:
         added = added * mask * keep_scale
@@ -62,28 +76,48 @@ def _low_rank_add_(matrix, narrow, wide, mask, keep_scale, scale):
 implement_in_triton("low_rank", _low_rank_dot, _low_rank_sum, _low_rank_add_)
 
 
-def _chosen(operator, rank: int):
+def _chosen(operator: Operator[..., Any], rank: int) -> Callable[..., Tensor]:
     """The thin kernel, or above `_GEMM_RANK` the reference, which like it knows no autocast."""
     if rank <= _GEMM_RANK:
         return operator
 
-    def reference(matrix, *args):
+    def reference(matrix: Tensor, *args: Any) -> Tensor:
         with torch.autocast(matrix.device.type, enabled=False):
-            return operator.reference(matrix, *args)
+            out: Tensor = operator.reference(matrix, *args)
+            return out
 
     return reference
 
 
-def low_rank_dot(matrix, wide, mask=None, keep_scale=1.0, scale=1.0) -> Tensor:
+def low_rank_dot(
+    matrix: Tensor,
+    wide: Tensor,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
     """scale * (matrix * mask * keep_scale) wide^T: (tokens, rank), for wide (rank, columns)."""
     return _chosen(_low_rank_dot, wide.shape[0])(matrix, wide, mask, keep_scale, scale)
 
 
-def low_rank_sum(matrix, narrow, mask=None, keep_scale=1.0, scale=1.0) -> Tensor:
+def low_rank_sum(
+    matrix: Tensor,
+    narrow: Tensor,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
     """scale * narrow^T (matrix * mask * keep_scale), narrow (tokens, rank): (rank, columns)."""
     return _chosen(_low_rank_sum, narrow.shape[1])(matrix, narrow, mask, keep_scale, scale)
 
 
-def low_rank_add_(matrix, narrow, wide, mask=None, keep_scale=1.0, scale=1.0) -> None:
+def low_rank_add_(
+    matrix: Tensor,
+    narrow: Tensor,
+    wide: Tensor,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    scale: float = 1.0,
+) -> None:
     """matrix += scale * (narrow wide) * mask * keep_scale, in place."""
     _chosen(_low_rank_add_, narrow.shape[1])(matrix, narrow, wide, mask, keep_scale, scale)

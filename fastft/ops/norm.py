@@ -11,6 +11,8 @@ are kept in float32. Gradients, with n the normalised row and m = dy * weight:
     LayerNorm  dx = rstd * (m - mean(m) - n mean(m n))     dbias = sum over rows of dy
 """
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,15 @@ def _normalised(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     return (x if mean is None else x - mean[:, None]) * rstd[:, None]
 
 
-def _forward(x, residual, weight, bias, eps, offset, center):
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    center: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     total = x + residual if residual is not None else x.new_empty(0)
     value = (x if residual is None else total).to(wide)
@@ -44,7 +54,17 @@ def _forward(x, residual, weight, bias, eps, offset, center):
     return y.to(x.dtype).contiguous(), total.contiguous(), mean, rstd
 
 
-def _backward(dy, dtotal, x, weight, mean, rstd, offset, weight_grad, bias_grad):
+def _backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = rstd.dtype
     grad, normalised = dy.to(wide), _normalised(x, mean, rstd)
     scaled = grad if weight is None else grad * (weight.to(wide) + offset)
@@ -64,7 +84,9 @@ def _backward(dy, dtotal, x, weight, mean, rstd, offset, weight_grad, bias_grad)
     "rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset)"
     " -> (Tensor y, Tensor total, Tensor rstd)"
 )
-def _rms_norm(x, residual, weight, eps, offset):
+def _rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     y, total, _, rstd = _forward(x, residual, weight, None, eps, offset, False)
     return y, total, rstd
 
@@ -73,7 +95,15 @@ def _rms_norm(x, residual, weight, eps, offset):
     "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor rstd,"
     " float offset, bool weight_grad) -> (Tensor dx, Tensor dweight)"
 )
-def _rms_norm_backward(dy, dtotal, x, weight, rstd, offset, weight_grad):
+def _rms_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
     return _backward(dy, dtotal, x, weight, None, rstd, offset, weight_grad, False)[:2]
 
 
@@ -81,7 +111,9 @@ def _rms_norm_backward(dy, dtotal, x, weight, rstd, offset, weight_grad):
     "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)"
 )
-def _layer_norm(x, residual, weight, bias, eps):
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(x, residual, weight, bias, eps, 0.0, True)
 
 
@@ -89,7 +121,16 @@ def _layer_norm(x, residual, weight, bias, eps):
     "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor mean,"
     " Tensor rstd, bool weight_grad, bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
-def _layer_norm_backward(dy, dtotal, x, weight, mean, rstd, weight_grad, bias_grad):
+def _layer_norm_backward(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(dy, dtotal, x, weight, mean, rstd, 0.0, weight_grad, bias_grad)
 
 
@@ -114,7 +155,16 @@ implement_in_triton("norm", _rms_norm, _rms_norm_backward, _layer_norm, _layer_n
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, offset, center):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        offset: float,
+        center: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # x: (tokens, hidden)
         if center:
             y, total, mean, rstd = _layer_norm(x, residual, weight, bias, eps)
@@ -128,7 +178,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dy, dtotal=None):
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         _, residual_grad, weight_grad, bias_grad, *_ = ctx.needs_input_grad
         if dy is None:
@@ -167,7 +217,16 @@ def _check(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None
             raise ValueError(f"{name}: expected shape ({x.shape[-1]},), got {tuple(vector.shape)}")
 
 
-def _norm(x, residual, weight, bias, eps, offset, center):
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    center: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    total: Any  # a Tensor where there is a residual
     tensors = rows_of(x), None if residual is None else rows_of(residual), weight, bias
     if needs_autograd(x, residual, weight, bias):
         out = _Norm.apply(*distinct(*tensors), eps, offset, center)
@@ -181,6 +240,28 @@ def _norm(x, residual, weight, bias, eps, offset, center):
     return y if residual is None else (y, total)
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = ..., eps: float = ..., *, offset: float = ...
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    residual: Tensor,
+    offset: float = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    residual: Tensor | None,
+    offset: float = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,  # (..., hidden)
     weight: Tensor | None = None,  # (hidden,)
@@ -200,6 +281,28 @@ def rms_norm(
     return _norm(x, residual, weight, None, eps, offset, False)
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ...
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    residual: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    residual: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,  # (..., hidden)
     weight: Tensor | None = None,  # (hidden,)

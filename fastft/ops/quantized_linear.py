@@ -55,7 +55,7 @@ class QuantizedWeight:
     scale: Tensor | None = None
     round_inputs: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         values, scale = self.values, self.scale
         if values.dim() != 2:
             raise ValueError(f"values: expected two dimensions, got {tuple(values.shape)}")
@@ -175,21 +175,33 @@ def rounded(x: Tensor) -> Tensor:
     any_ = peak > 127 * torch.finfo(torch.float32).tiny
     numbers = torch.where(any_, runs * (127 / peak), 0).round()
     # NaN and infinity anywhere in a run reach every number of it.
-    return ((numbers * (peak / 127)) + (runs * 0).sum(2, keepdim=True)).flatten(1)[:, :inputs]
+    out: Tensor = ((numbers * (peak / 127)) + (runs * 0).sum(2, keepdim=True)).flatten(1)[
+        :, :inputs
+    ]
+    return out
 
 
 @operator(
     "quantized_linear(Tensor x, Tensor values, Tensor? scale, Tensor? bias, Tensor? a, Tensor? b,"
     " float lora_scale, bool round_inputs=False) -> Tensor"
 )
-def _quantized_linear(x, values, scale, bias, a, b, lora_scale, round_inputs=False):
+def _quantized_linear(
+    x: Tensor,
+    values: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    lora_scale: float,
+    round_inputs: bool = False,
+) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(wide)
     read = rounded(rows) if round_inputs and scale is not None and x.is_cpu else rows
     y = read @ _dequantized(values, scale, wide).t()
     if bias is not None:
         y = y + bias.to(wide)
-    if a is not None:
+    if a is not None and b is not None:
         y = y + (rows @ a.to(wide).t()) @ b.to(wide).t() * lora_scale
     return y.to(x.dtype).contiguous()
 

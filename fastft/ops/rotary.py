@@ -14,6 +14,8 @@ and k have, heads before tokens or tokens before heads, so that `transpose(1, 2)
 them copies nothing; so do the gradients.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,9 @@ def _swapped(x: Tensor) -> bool:
     return x.stride(1) < x.stride(2)
 
 
-def _rotate(x, cos, sin, head_axis, swapped, transposed):
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, head_axis: int, swapped: bool, transposed: bool
+) -> Tensor:
     if swapped:
         y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
     else:
@@ -52,8 +56,11 @@ def _rotate(x, cos, sin, head_axis, swapped, transposed):
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, int unsqueeze_dim)"
     " -> (Tensor q_rotated, Tensor k_rotated)"
 )
-def _rotary(q, k, cos, sin, unsqueeze_dim):
-    return tuple(_rotate(x, cos, sin, unsqueeze_dim, _swapped(x), False) for x in (q, k))
+def _rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor]:
+    q, k = (_rotate(x, cos, sin, unsqueeze_dim, _swapped(x), False) for x in (q, k))
+    return q, k
 
 
 # `swapped`: q had tokens before heads in memory (or the other way round with unsqueeze_dim 2).
@@ -62,7 +69,9 @@ def _rotary(q, k, cos, sin, unsqueeze_dim):
     "rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, int unsqueeze_dim,"
     " bool swapped) -> (Tensor q_grad, Tensor k_grad)"
 )
-def _rotary_backward(dq, dk, cos, sin, unsqueeze_dim, swapped):
+def _rotary_backward(
+    dq: Tensor, dk: Tensor | None, cos: Tensor, sin: Tensor, unsqueeze_dim: int, swapped: bool
+) -> tuple[Tensor, Tensor]:
     q_grad = _rotate(dq, cos, sin, unsqueeze_dim, swapped, True)
     if dk is None:
         return q_grad, dq.new_empty(0)
@@ -74,7 +83,9 @@ implement_in_triton("rotary", _rotary, _rotary_backward)
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, unsqueeze_dim):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
+    ) -> tuple[Tensor, Tensor]:
         # q: (batch, heads, tokens, head_dim), or with unsqueeze_dim 2 (batch, tokens, heads, …)
         ctx.save_for_backward(cos, sin)
         ctx.unsqueeze_dim, ctx.swapped = unsqueeze_dim, _swapped(q)
@@ -83,7 +94,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, dq, dk):
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         rest = (*ctx.saved_tensors, ctx.unsqueeze_dim, ctx.swapped)
         q_grad, k_grad, *_ = ctx.needs_input_grad
         dq, dk = dq if q_grad else None, dk if k_grad else None
@@ -101,6 +112,8 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_axis: int) -> No
     for name, x in (("q", q), ("cos", cos), ("sin", sin)):
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.dtype is torch.float64 and q.dtype is not torch.float64:
+            raise TypeError(f"{name}: expected float32 or smaller for {q.dtype}, got {x.dtype}")
     if k.dtype != q.dtype:
         raise TypeError(f"k: expected {q.dtype} as q has, got {k.dtype}")
     q_shape, k_shape, shape = q.shape, k.shape, cos.shape
@@ -145,6 +158,7 @@ def rotary(
     """
     _check(q, k, cos, sin, unsqueeze_dim)
     if needs_autograd(q, k):
-        return _Rotary.apply(*distinct(q, k, cos, sin), unsqueeze_dim)
+        out: tuple[Tensor, Tensor] = _Rotary.apply(*distinct(q, k, cos, sin), unsqueeze_dim)
+        return out
     # Decoding makes thousands of small calls, which the autograd Function would slow.
     return _rotary(q, k, cos, sin, unsqueeze_dim)

@@ -6,10 +6,12 @@ registered without its mask would silently get no mask at all.
 
 import inspect
 from types import CellType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.attention import attention
 from fastft.ops.rotary import rotary
 from fastft.patch.confirm import Unlike, confirm
@@ -28,7 +30,7 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-def mask(*args, config=None, **kwargs) -> Tensor | Packing | None:
+def mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | Packing | None:
     """sdpa's mask; none for packed rows, which `cu_seqlens` keeps apart.
 
     To the encoder that will pack its rows, the packing: the call's arguments are what a
@@ -51,7 +53,7 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers' attention modules call: gives (batch, tokens, heads, head_dim), None."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -99,7 +101,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs):
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
     """All scores at once: for soft-capping under a mask, and for callers who want the weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -122,7 +133,7 @@ def _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs):
     return (dropped @ value).transpose(1, 2).contiguous(), weights
 
 
-def forward(module: nn.Module, *args, **kwargs):
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
     """The class's own forward with the fused rotary embedding in place of the module's function."""
     return module._fastft_swap.options(module, *args, **kwargs)
 
@@ -159,7 +170,7 @@ def recognise(module: nn.Module) -> FunctionType:
     return _decorated_alike(decorated, swapped)
 
 
-def _decorated_alike(function: FunctionType, swapped: FunctionType) -> FunctionType:
+def _decorated_alike(function: Any, swapped: FunctionType) -> FunctionType:
     """A copy of the decorators around a function, as transformers' own for renamed arguments, with
     swapped in its place."""
     inner = getattr(function, "__wrapped__", None)

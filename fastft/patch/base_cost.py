@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import computing, int8_layers
 
 
@@ -35,7 +37,9 @@ class BaseCost:
         )
 
 
-def base_cost(model: nn.Module, batch: Mapping, run: Callable) -> BaseCost | None:
+def base_cost(
+    model: nn.Module, batch: Mapping[str, Any], run: Callable[..., Any]
+) -> BaseCost | None:
     """None where the original weights of a layer are not kept.
 
     run(model, batch) gives loss, scores and the gradients by name. While the original weights are
@@ -46,10 +50,10 @@ def base_cost(model: nn.Module, batch: Mapping, run: Callable) -> BaseCost | Non
     with computing(model, "original"):
         wanted = run(model, batch)
     got = run(model, batch)
-    perplexity = tuple(_perplexity(model, batch, scores) for _, scores, _ in (wanted, got))
+    before, after = (_perplexity(model, batch, scores) for _, scores, _ in (wanted, got))
     return BaseCost(
         (float(wanted[0]), float(got[0])),
-        None if None in perplexity else perplexity,
+        None if before is None or after is None else (before, after),
         {
             name: float(F.cosine_similarity(got[2][name].flatten(), grad.flatten(), 0))
             for name, grad in wanted[2].items()
@@ -58,7 +62,7 @@ def base_cost(model: nn.Module, batch: Mapping, run: Callable) -> BaseCost | Non
     )
 
 
-def _perplexity(model: nn.Module, batch: Mapping, scores: Tensor) -> float | None:
+def _perplexity(model: ForeignModule, batch: Mapping[str, Any], scores: Tensor) -> float | None:
     """e^(mean loss of the next token) over the tokens of a causal language model's batch."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -63,8 +63,9 @@ def _keep(layers: dict[str, tuple[nn.Module, str, nn.Linear]], folder: Path) -> 
         with safe_open(file, "pt") as held:
             for key in held.keys():
                 places[key] = Origin(file, key)
-    found = {name: places.get(f"{plain}.weight") for name, plain in names.items()}
-    if all(found.values()):
+    found = {name: places[f"{plain}.weight"] for name, plain in names.items()
+             if f"{plain}.weight" in places}  # fmt: skip
+    if len(found) == len(names):
         for name, origin in found.items():
             weight = layers[name][2].weight
             if not torch.equal(origin.read().to(weight.device, weight.dtype), weight):

@@ -6,13 +6,15 @@ loss function that is not transformers' own take the model's own path.
 """
 
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache_name import NAMES, cache_in
+from fastft.foreign import ForeignModule
 from fastft.library import autocast_dtype
 from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
 from fastft.patch import packing as packings
@@ -21,6 +23,7 @@ from fastft.patch.confirm import TOLERANCE, Unlike, relative, stand_in, undistur
 from fastft.patch.labels import IGNORED, count_padding, targets
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.lora import as_lora_linear
+from fastft.patch.packing import Packing
 from fastft.patch.swap import is_hooked, original_forward, swap_of
 
 _FIELDS = {"loss", "logits", *NAMES, "hidden_states", "attentions", "cross_attentions"}
@@ -48,15 +51,15 @@ def is_candidate(module: nn.Module) -> bool:
     )
 
 
-def _loss_name(module) -> str:
+def _loss_name(module: nn.Module) -> str:
     return getattr(module.loss_function, "__name__", "")
 
 
-def _base(module) -> nn.Module:
+def _base(module: ForeignModule) -> ForeignModule:
     return getattr(module, module.base_model_prefix, module)
 
 
-def _active(head: nn.Module | None) -> nn.Module | None:
+def _active(head: ForeignModule | None) -> ForeignModule | None:
     """The head itself, or the trained copy PEFT keeps beside it (modules_to_save)."""
     other = sys.modules.get("peft.utils.other")
     if other is not None and isinstance(head, other.ModulesToSaveWrapper):
@@ -67,7 +70,7 @@ def _active(head: nn.Module | None) -> nn.Module | None:
     return head
 
 
-def _head(module, options: CausalLm) -> Head | None:
+def _head(module: ForeignModule, options: CausalLm) -> Head | None:
     """The head as the operator takes it; None if it must run by itself."""
     layer = _active(module.get_output_embeddings())
     if layer is None or is_hooked(layer):
@@ -75,11 +78,14 @@ def _head(module, options: CausalLm) -> Head | None:
     linear = as_lora_linear(layer)
     if linear is None or linear.transposed or (linear.a is not None and linear.dropout):
         return None
-    lora = None if linear.a is None else (linear.a, linear.b, linear.scale)
+    if not isinstance(linear.weight, Tensor):
+        return None
+    a, b = linear.a, linear.b
+    lora = None if a is None or b is None else (a, b, linear.scale)
     return Head(linear.weight, linear.bias, lora, options.logit_scale)
 
 
-def forward(module, *args, **kwargs):
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return original_forward(module)(*args, **kwargs)
     arguments = padding.bind(module, args, kwargs)
@@ -103,11 +109,11 @@ def forward(module, *args, **kwargs):
     return _forward(module, head, arguments)
 
 
-def _keeps_all(logits_to_keep) -> bool:
+def _keeps_all(logits_to_keep: int | Tensor) -> bool:
     return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
-def _forward(module, head: Head, arguments: dict):
+def _forward(module: ForeignModule, head: Head, arguments: dict[str, Any]) -> Any:
     options, base = module._fastft_swap.options, _base(module)
     given, arguments = arguments, dict(arguments)
     labels = arguments.pop("labels")
@@ -116,8 +122,10 @@ def _forward(module, head: Head, arguments: dict):
     shift_labels = arguments.pop("shift_labels", None)
     ignore_index = arguments.pop("ignore_index", IGNORED)
     predicted = targets(labels, shift_labels, ignore_index)
-    packing, run = None, nullcontext()
-    if swap_of(base) is not None and swap_of(base).active:  # confirmed to take packed rows
+    packing: Packing | None = None
+    run: AbstractContextManager[None] = nullcontext()
+    record = swap_of(base)
+    if record is not None and record.active:  # confirmed to take packed rows
         packing = padding.packing_for(base, arguments, keeps_cache=False)
     if packing is not None and _predicts_from_padding(packing, predicted, ignore_index):
         packing, run = None, packings.kept()
@@ -141,7 +149,10 @@ def _forward(module, head: Head, arguments: dict):
         states = outputs[0] if packing is None else packing.unpack(outputs[0])
         z = module.get_output_embeddings()(states)
         z = z if options.logit_scale == 1.0 else z * options.logit_scale
-        return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+        out: Tensor = (
+            z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+        )
+        return out
 
     lazy = LazyLogits(
         logits, (*predicted.shape, head.weight.shape[0]),
@@ -152,7 +163,7 @@ def _forward(module, head: Head, arguments: dict):
     return options.output(**{**rest, "loss": loss, "logits": lazy})
 
 
-def _needs_cache(module, arguments: dict) -> bool:
+def _needs_cache(module: nn.Module, arguments: dict[str, Any]) -> bool:
     """A cache is given, or is one of the outputs in front of others that were asked for."""
     return (
         cache_in(arguments) is not None
@@ -161,7 +172,7 @@ def _needs_cache(module, arguments: dict) -> bool:
     )
 
 
-def _predicts_from_padding(packing, predicted: Tensor, ignore_index: int) -> bool:
+def _predicts_from_padding(packing: Packing, predicted: Tensor, ignore_index: int) -> bool:
     """A label that a padded place predicts counts in the model's own loss: it must be computed."""
     labelled = predicted.flatten() != ignore_index
     labelled[packing.places.to(labelled.device)] = False
@@ -171,11 +182,11 @@ def _predicts_from_padding(packing, predicted: Tensor, ignore_index: int) -> boo
 class _Stub(nn.Module):
     """Stands for the base model: gives the hidden states it was made with."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
@@ -183,7 +194,7 @@ class _Stub(nn.Module):
         return output
 
 
-def recognise(module) -> CausalLm:
+def recognise(module: ForeignModule) -> CausalLm:
     """Tries the class's forward on large random hidden states with a small head; Unlike if none."""
     config = module.config.get_text_config(decoder=True)  # of one with images, that of its decoder
     if not isinstance(getattr(config, "vocab_size", None), int):
@@ -208,7 +219,7 @@ def recognise(module) -> CausalLm:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     children = {**module._modules, head_name: linear}
 
-    def own(hidden):
+    def own(hidden: Tensor) -> Any:
         children[module.base_model_prefix] = _Stub(hidden)
         probe = stand_in(module, {}, children)
         return type(module).forward(probe, input_ids=labels, labels=labels)

@@ -7,6 +7,7 @@ left alone and reported with its difference, so a new release of a model cannot 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def unhooked(model: nn.Module) -> Iterator[None]:
             hooks.update(before | added)
 
 
-def stand_in(module: nn.Module, parameters: dict, children: dict) -> nn.Module:
+def stand_in(module: nn.Module, parameters: dict[str, Any], children: dict[str, Any]) -> nn.Module:
     """An instance of the module's class with other parameters and children, and no hooks."""
     # Not copy.copy: FSDP's classes make their instances by calling __init__.
     other = object.__new__(type(module))
@@ -71,7 +72,9 @@ def stand_in(module: nn.Module, parameters: dict, children: dict) -> nn.Module:
     return other
 
 
-def difference(original: Callable, replacement: Callable, inputs: Sequence[Tensor]) -> float:
+def difference(
+    original: Callable[..., Any], replacement: Callable[..., Any], inputs: Sequence[Tensor]
+) -> float:
     """Largest relative difference of outputs and of the gradients of `inputs`."""
     results = []
     for function in (original, replacement):
@@ -97,7 +100,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return gap / size if size > 0 and gap == gap else float("inf")
 
 
-def confirm(original: Callable, replacement: Callable, inputs: Sequence[Tensor]) -> None:
+def confirm(
+    original: Callable[..., Any], replacement: Callable[..., Any], inputs: Sequence[Tensor]
+) -> None:
     """Raises Unlike unless both compute the same."""
     with undisturbed():
         try:

@@ -1,10 +1,12 @@
 """Swaps gated MLPs: gate/up/down, or gate and up in one projection (Phi-3)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.gated_mlp import gated_mlp
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.patch import lora as lora_layers
@@ -27,40 +29,45 @@ class GatedMlp:
 def is_candidate(module: nn.Module) -> bool:
     names = set(module._modules)
     linear = all(
-        isinstance(c, nn.Linear) or lora_layers.is_candidate(c)
+        c is not None and (isinstance(c, nn.Linear) or lora_layers.is_candidate(c))
         for n, c in module._modules.items()
         if n.endswith("_proj")
     )
     return linear and (names >= set(_SEPARATE) or names >= set(_JOINT)) and not module._parameters
 
 
-def forward(module: nn.Module, *args, **kwargs) -> Tensor:
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Tensor:
     if len(args) != 1 or kwargs:  # the number of a layer for instance: not confirmed
-        return original_forward(module)(*args, **kwargs)
+        out: Tensor = original_forward(module)(*args, **kwargs)
+        return out
     return _forward(module, args[0])
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: ForeignModule, x: Tensor) -> Tensor:
     options = module._fastft_swap.options
     # The products call their modules; the activation's would be left out.
     if any(is_hooked(c) for n, c in module._modules.items() if not n.endswith("_proj")):
-        return original_forward(module)(x)
+        out: Tensor = original_forward(module)(x)
+        return out
     if options.joint:
         return _joint(module, x, options.activation)
-    linears = [lora_layers.child(module, name) for name in _SEPARATE]
+    linears: list[Any] = [lora_layers.child(module, name) for name in _SEPARATE]
     if all(each is not None and lora_layers.takes(x, each) for each in linears):
-        return lora_mlp(x, *linears, options.activation)
+        gate, up, down = linears
+        return lora_mlp(x, gate, up, down, options.activation)
     return _separate(module, x, options.activation)
 
 
-def _separate(module: nn.Module, x: Tensor, activation: str) -> Tensor:
+def _separate(module: ForeignModule, x: Tensor, activation: str) -> Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    return module.down_proj(gated_mlp(gate, up, activation))
+    out: Tensor = module.down_proj(gated_mlp(gate, up, activation))
+    return out
 
 
-def _joint(module: nn.Module, x: Tensor, activation: str) -> Tensor:
+def _joint(module: ForeignModule, x: Tensor, activation: str) -> Tensor:
     gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-    return module.down_proj(gated_mlp(gate, up, activation))
+    out: Tensor = module.down_proj(gated_mlp(gate, up, activation))
+    return out
 
 
 def recognise(module: nn.Module) -> GatedMlp:
@@ -85,7 +92,7 @@ def recognise(module: nn.Module) -> GatedMlp:
     compute = _joint if joint else _separate
     for activation in _ACTIVATIONS:
 
-        def replacement(x, activation=activation):
+        def replacement(x: Tensor, activation: str = activation) -> Any:
             return compute(probe, x, activation)
 
         try:

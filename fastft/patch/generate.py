@@ -6,13 +6,15 @@ gives what it gave; what comes back is transformers' type, a tensor or an output
 
 import inspect
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
 from fastft.decode.layers import DECODE_WEIGHT
+from fastft.foreign import ForeignModule
 
 
-def is_candidate(module: nn.Module) -> bool:
+def is_candidate(module: ForeignModule) -> bool:
     """A causal language model of transformers; a PeftModel calls the one inside it."""
     return (
         hasattr(type(module), "generate")
@@ -24,7 +26,7 @@ def is_candidate(module: nn.Module) -> bool:
     )
 
 
-def _generate(self, *args, **kwargs):
+def _generate(self: ForeignModule, *args: Any, **kwargs: Any) -> Any:
     from fastft.decode.generate import generate
 
     own = type(self).generate
@@ -39,11 +41,11 @@ def _generate(self, *args, **kwargs):
     assisting = getattr(bound.get("generation_config"), "is_assistant", False)
     if assisting:
         return own(self, *args, **kwargs)
-    out = generate(self, **bound, **extra)
+    out: Any = generate(self, **bound, **extra)
     return out if asked else out.sequences
 
 
-_generate.is_fastft = True
+vars(_generate)["is_fastft"] = True
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -51,7 +53,7 @@ def is_ours(module: nn.Module) -> bool:
     return getattr(function, "is_fastft", False)
 
 
-def install(module: nn.Module) -> str | None:
+def install(module: ForeignModule) -> str | None:
     """Why not, if not."""
     from fastft.decode.layers import Unfit, read
 

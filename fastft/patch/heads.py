@@ -14,10 +14,12 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.cross_entropy import cross_entropy
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, undisturbed
@@ -52,11 +54,11 @@ def is_candidate(module: nn.Module) -> bool:
     return base_of(module) is not module
 
 
-def base_of(module) -> nn.Module:
+def base_of(module: ForeignModule) -> ForeignModule:
     return getattr(module, module.base_model_prefix, module)
 
 
-def forward(module, *args, **kwargs):
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
     arguments = padding.bind(module, args, kwargs)
     num_items, labels = arguments.pop("num_items_in_batch", None), arguments.get("labels")
     options = module._fastft_swap.options
@@ -81,7 +83,9 @@ def forward(module, *args, **kwargs):
         return _forward(module, arguments, labels, num_items)
 
 
-def _forward(module, arguments: dict, labels: Tensor, num_items):
+def _forward(
+    module: ForeignModule, arguments: dict[str, Any], labels: Tensor, num_items: Tensor | int | None
+) -> Any:
     if (
         torch.compiler.is_compiling()
         or not _returns_dict(module, arguments)
@@ -100,12 +104,13 @@ def _forward(module, arguments: dict, labels: Tensor, num_items):
     return type(output)(**{k: output.get(k) for k in output.__dataclass_fields__})
 
 
-def _returns_dict(module, arguments: dict) -> bool:
+def _returns_dict(module: ForeignModule, arguments: dict[str, Any]) -> bool:
     asked = arguments.get("return_dict")
-    return module.config.return_dict if asked is None else asked
+    out: bool = module.config.return_dict if asked is None else asked
+    return out
 
 
-def _labels_padding(module, labels: Tensor, arguments: dict) -> bool:
+def _labels_padding(module: ForeignModule, labels: Tensor, arguments: dict[str, Any]) -> bool:
     """Padded places that have labels count in the model's own loss: they must be computed."""
     mask = arguments.get("attention_mask")
     if not module._fastft_swap.options.per_place or not isinstance(mask, Tensor):
@@ -122,7 +127,7 @@ def _labels_padding(module, labels: Tensor, arguments: dict) -> bool:
     return found
 
 
-def _takes_classes(module, labels: Tensor) -> bool:
+def _takes_classes(module: ForeignModule, labels: Tensor) -> bool:
     """Whether this call's loss is the cross entropy that was confirmed."""
     problem = getattr(module.config, "problem_type", None)
     options = module._fastft_swap.options
@@ -131,7 +136,7 @@ def _takes_classes(module, labels: Tensor) -> bool:
     return options.cross_entropy and labels.dtype is torch.int64
 
 
-def _over_items(output, labels: Tensor, num_items):
+def _over_items(output: Any, labels: Tensor, num_items: Tensor | int | None) -> Any:
     """The mean over a batch's items turned into its share of the mean over num_items."""
     if num_items is None:
         return output
@@ -142,19 +147,22 @@ def _over_items(output, labels: Tensor, num_items):
     return output
 
 
-def _selects(module, labels: Tensor) -> bool:
+def _selects(module: ForeignModule, labels: Tensor) -> bool:
     base = base_of(module)
+    record = swap_of(base)
     return (
         module._fastft_swap.options.selects
         and torch.is_grad_enabled()
-        and swap_of(base) is not None
-        and swap_of(base).active
+        and record is not None
+        and record.active
         and base._compiled_call_impl is None
         and not is_hooked(base)
     )
 
 
-def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
+def _forward_selected(
+    module: nn.Module, arguments: dict[str, Any], labels: Tensor, num_items: Tensor | int | None
+) -> Any:
     chosen = (labels != IGNORED).flatten().nonzero().flatten()
     selection, own = Selection(base_of(module), chosen), original_forward(module)
     with during(selection=selection):
@@ -166,7 +174,8 @@ def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
 
     def logits() -> Tensor:
         with during(selection=Selection(selection.owner, None, selection.output)):
-            return own(**arguments).logits
+            out: Tensor = own(**arguments).logits
+            return out
 
     parts = (child for child in module.children() if child is not selection.owner)
     reads = [selection.output.last_hidden_state, *(p for part in parts for p in part.parameters())]
@@ -177,7 +186,7 @@ def _forward_selected(module, arguments: dict, labels: Tensor, num_items):
     return type(output)(**{**rest, "loss": loss, "logits": lazy})
 
 
-def recognise(module) -> Loss:
+def recognise(module: ForeignModule) -> Loss:
     """Runs the head as it is on a few tokens; Unlike where its loss is none of the known ones."""
     function = type(module).forward
     if not function.__module__.startswith("transformers."):
@@ -213,7 +222,7 @@ def recognise(module) -> Loss:
                 setattr(config, name, value)
 
 
-def _recognise(module) -> Loss:
+def _recognise(module: ForeignModule) -> Loss:
     config, own = module.config, type(module).forward
     embedding = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
@@ -253,7 +262,7 @@ def _recognise(module) -> Loss:
     return Loss(False)
 
 
-def reads_padding(module) -> bool:
+def reads_padding(module: ForeignModule) -> bool:
     """Whether the head's scores change where padding is left out."""
     weight = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(1)
@@ -282,15 +291,16 @@ def reads_padding(module) -> bool:
     return not relative(got, wanted) <= _limit(wanted)
 
 
-def _works_by_place(module, ids: Tensor, logits: Tensor) -> bool:
+def _works_by_place(module: nn.Module, ids: Tensor, logits: Tensor) -> bool:
     """Whether the head gives a place the same logits among few as among all."""
     base, places = base_of(module), torch.tensor([1, 4, 8])
-    if swap_of(base) is None:
+    record = swap_of(base)
+    if record is None:
         return False
-    swap_of(base).active = True  # inside `switched_off`, which sets it again
+    record.active = True  # inside `switched_off`, which sets it again
     with during(selection=Selection(base, places)):
         some = type(module).forward(module, input_ids=ids).logits
-    swap_of(base).active = False
+    record.active = False
     wanted = logits.flatten(0, 1)[places.to(logits.device)]
     return some.shape == (1, *wanted.shape) and relative(some[0], wanted) <= _limit(logits)
 

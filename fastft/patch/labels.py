@@ -1,5 +1,7 @@
 """Which places of a padded batch a loss counts, by its labels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ def targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int = IGN
     return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
-def count_padding(arguments: dict) -> bool:
+def count_padding(arguments: dict[str, Any]) -> bool:
     """Whether a padded place has a label or predicts one, as that in front of a left-padded row."""
     labels, mask = arguments.get("labels"), arguments.get("attention_mask")
     if not isinstance(labels, Tensor) or not isinstance(mask, Tensor):

@@ -8,7 +8,8 @@ of a loss that was computed without them.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ from torch.utils.hooks import RemovableHandle
 
 from fastft.patch.unchanged import Unchanged
 
+_Tensor: Any = Tensor  # whose annotations tell an attribute's type, not that it is a descriptor
 _METADATA = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.layout.__get__,
-    Tensor.is_sparse.__get__,
-    Tensor.is_cuda.__get__,
+    _Tensor.shape.__get__,
+    _Tensor.dtype.__get__,
+    _Tensor.device.__get__,
+    _Tensor.ndim.__get__,
+    _Tensor.layout.__get__,
+    _Tensor.is_sparse.__get__,
+    _Tensor.is_cuda.__get__,
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -38,7 +40,7 @@ _METADATA = {
     Tensor.element_size,
 }
 # Where nothing is computed yet, there is none.
-_HISTORY = {Tensor.grad_fn.__get__, Tensor._base.__get__}
+_HISTORY = {_Tensor.grad_fn.__get__, _Tensor._base.__get__}
 _CASTS = {
     Tensor.float: torch.float32,
     Tensor.double: torch.float64,
@@ -56,19 +58,27 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(
-        cls, compute: Callable[[], Tensor], shape, dtype, device, requires_grad,
-        reads: Iterable[Tensor] = (),
-    ):  # fmt: skip
+        cls, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype,
+        device: torch.device, requires_grad: bool, reads: Iterable[Tensor] = (),
+    ) -> "LazyLogits":  # fmt: skip
         # The wrapper itself requires no gradient: code of PyTorch's that looks past our answer
         # below would take it for a leaf and lose the gradient silently.
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
-    def __init__(self, compute, shape, dtype, device, requires_grad, reads=()):
-        self._compute = compute
-        self._unchanged = Unchanged(reads)
-        self._logits = None
+    def __init__(
+        self,
+        compute: Callable[[], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        requires_grad: bool,
+        reads: Sequence[Tensor] = (),
+    ) -> None:
+        self._compute: Callable[[], Tensor] | None = compute
+        self._unchanged: Unchanged | None = Unchanged(reads)
+        self._logits: Tensor | None = None
         self._needs_grad = requires_grad
-        self._hooks = OrderedDict()
+        self._hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         kind = device.type if isinstance(device, torch.device) else device
         self._autocast = (
@@ -77,7 +87,7 @@ class LazyLogits(Tensor):
 
     def materialize(self) -> Tensor:
         """The logits as an ordinary tensor."""
-        if self._logits is None:
+        if self._compute is not None and self._unchanged is not None:
             if not self._unchanged():
                 raise RuntimeError(
                     "outputs.logits: what they are computed from has changed since the forward; "
@@ -93,6 +103,7 @@ class LazyLogits(Tensor):
                 self._unchanged = None
                 if self._hooks:
                     self._logits.register_hook(self._run_hooks)
+        assert self._logits is not None
         return self._logits
 
     def _run_hooks(self, grad: Tensor) -> Tensor:
@@ -101,7 +112,7 @@ class LazyLogits(Tensor):
             grad = grad if changed is None else changed
         return grad
 
-    def _hook(self, hook: Callable) -> RemovableHandle:
+    def _hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
         return handle
@@ -110,28 +121,34 @@ class LazyLogits(Tensor):
     def is_materialized(self) -> bool:
         return self._logits is not None
 
-    def _then(self, function: Callable, dtype: torch.dtype) -> "LazyLogits":
+    def _then(self, function: Callable[..., Any], dtype: torch.dtype) -> "LazyLogits":
         return LazyLogits(
             lambda: function(self.materialize()), self.shape, dtype, self.device,
             self._needs_grad,
         )  # fmt: skip
 
-    def __repr__(self, **kwargs) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self.materialize())
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialize().__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.materialize().detach().clone()
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == Tensor.requires_grad.__get__:
+        if func == _Tensor.requires_grad.__get__:
             return args[0]._needs_grad
         if args and isinstance(args[0], cls) and args[0]._needs_grad:
             if func is Tensor.retain_grad or (
@@ -161,20 +178,28 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         args, kwargs = torch.utils._pytree.tree_map_only(
             cls, lambda lazy: lazy.materialize(), (args, kwargs or {})
         )
         return func(*args, **kwargs)
 
 
-def _is_plumbing(hook: Callable) -> bool:
+def _is_plumbing(hook: Callable[..., Any]) -> bool:
     """FSDP's, which hangs it on every output to learn when backward begins."""
     module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
     return module.startswith("torch.distributed.")
 
 
-def _cast(func: Callable, args: tuple, kwargs: dict) -> torch.dtype | None:
+def _cast(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.dtype | None:
     """The dtype that a call casts to, if it does nothing else."""
     if len(args) + len(kwargs) == 1:
         return _CASTS.get(func)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops import gemm
 from fastft.ops.linear import linear
 from fastft.patch.swap import original_forward
@@ -22,7 +23,8 @@ def recognise(module: nn.Module) -> None:
     """Known by its class, which is PyTorch's own."""
 
 
-def forward(module: nn.Module, input: Tensor) -> Tensor:  # as nn.Linear names it
+def forward(module: ForeignModule, input: Tensor) -> Tensor:  # as nn.Linear names it
     if torch.compiler.is_compiling():  # the compiler fuses what comes after its own product
-        return original_forward(module)(input)
+        out: Tensor = original_forward(module)(input)
+        return out
     return linear(input, module.weight, module.bias)

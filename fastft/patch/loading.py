@@ -7,6 +7,7 @@ int8 numbers, the embeddings, and one weight.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ from fastft.patch.base_weights import check_kind, replaceable
 
 def load(
     folder: str | Path,
-    kind: type | None = None,
+    kind: Any = None,
     *,
     base_weights: str = "int8",
     dtype: torch.dtype = torch.float32,
-    config=None,
+    config: Any = None,
 ) -> nn.Module:
     """The model of a checkpoint of safetensors, frozen, its linear layers in int8; for adapters.
 
@@ -34,7 +35,8 @@ def load(
             AutoModelForCausalLM. Every weight it has must be in the checkpoint, by its own name.
         base_weights: "int8"; see `fastft.patch`. The head and the embeddings stay in `dtype`.
         config: the model's configuration; default: the folder's.
-    Raises: ValueError for another base_weights, or weights that are missing or of other shapes;
+    No code of the folder runs. Raises: ValueError for another base_weights, for a model that needs
+        code of its own, or weights that are missing or of other shapes;
         FileNotFoundError for a folder without safetensors.
     """
     import transformers
@@ -43,11 +45,14 @@ def load(
     check_kind(base_weights)
     folder = Path(folder)
     kind = kind or transformers.AutoModelForCausalLM
-    config = config or transformers.AutoConfig.from_pretrained(folder)
+    # False, as without a word transformers asks at the terminal whether to run a folder's code.
+    config = config or transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     places = dict(_places(folder))
     with init_empty_weights():  # the parameters alone: buffers are computed, not read
-        build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-        model = build(config, dtype=dtype)
+        if hasattr(kind, "from_config"):
+            model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+        else:
+            model = kind._from_config(config, dtype=dtype)
     model.requires_grad_(False)
     model.tie_weights()
     layers = replaceable(model, on_meta=True)
@@ -72,7 +77,8 @@ def load(
     if lacking:
         raise ValueError(f"folder: {folder} has no weight of {', '.join(lacking[:4])}")
     model.name_or_path = config._name_or_path = str(folder)
-    return model.eval()
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def _places(folder: Path) -> Iterator[tuple[str, Origin]]:

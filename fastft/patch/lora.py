@@ -10,10 +10,12 @@ On GPUs this has not been measured.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import Int8Linear
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_onto import lora_onto
@@ -44,7 +46,7 @@ def _is_quantised(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and type(base).__module__.startswith("bitsandbytes.")
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_not(module: ForeignModule) -> str | None:
     """Why this LoRA layer keeps PEFT's own path in its present state; None if it need not."""
     active = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters:
@@ -70,7 +72,7 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
-def as_lora_linear(module: nn.Module) -> LoraLinear | None:
+def as_lora_linear(module: ForeignModule) -> LoraLinear | None:
     """A plain or LoRA linear layer as the operators take it; None if it must run by itself."""
     if type(module) is nn.Linear:
         return None if has_own_forward(module) else LoraLinear(module.weight, module.bias)
@@ -89,7 +91,9 @@ def as_lora_linear(module: nn.Module) -> LoraLinear | None:
     return _with_adapter(module, weight, base.bias, _is_conv1d(base))
 
 
-def _with_adapter(module, weight, bias, transposed=False) -> LoraLinear:
+def _with_adapter(
+    module: ForeignModule, weight: Any, bias: Tensor | None, transposed: bool = False
+) -> LoraLinear:
     name = next((name for name in module.active_adapters if name in module.lora_A), None)
     if name is None:
         return LoraLinear(weight, bias, transposed=transposed)
@@ -108,7 +112,7 @@ def takes(x: Tensor, linear: LoraLinear) -> bool:
     return x.dtype == linear.weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
-def forward(module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+def forward(module: ForeignModule, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not args and not kwargs and why_not(module) is None:
         base = module.get_base_layer()
         if _is_quantised(base):
@@ -116,7 +120,8 @@ def forward(module: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         linear = as_lora_linear(module)
         if linear is not None and takes(x, linear):
             return lora(x, linear)
-    return original_forward(module)(x, *args, **kwargs)
+    out: Tensor = original_forward(module)(x, *args, **kwargs)
+    return out
 
 
 def child(parent: nn.Module, name: str) -> LoraLinear | None:

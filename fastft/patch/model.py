@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import int8_layers
 from fastft.patch import base_weights as stored_base
 from fastft.patch import generate
@@ -65,6 +67,8 @@ def patch(
                 replaced = stored_base.store(model, base_weights, originals)
             for layer in int8_layers(model):
                 report.add(layer, "int8_linear", "int8_product")
+            if base_weights is not None and not int8_layers(model):
+                report.leave(model, f"base_weights={base_weights!r}: no linear layer is frozen")
             patcher.run(model)
         patcher.swap_generate(model, decode_weights)
     except BaseException:
@@ -92,7 +96,7 @@ def unpatch(model: nn.Module) -> list[str]:
     return sorted(remarks)
 
 
-def undo_attention(module: nn.Module) -> None:
+def undo_attention(module: ForeignModule) -> None:
     before = module.__dict__.pop("_fastft_attention_before", None)
     for child in module.modules():
         if getattr(child, "config", None) is module.config:
@@ -114,10 +118,11 @@ def patched(model: nn.Module) -> Iterator[Report]:
 class _Patcher:
     """One walk over a model. What is recognised once per class and size is not tried again."""
 
-    def __init__(self, report: Report):
+    def __init__(self, report: Report) -> None:
         self.report = report
-        self.known: dict = {}
-        self.sharing: Counter = Counter()  # by configuration: how many modules attend by its word
+        self.known: dict[tuple[Any, ...], Any] = {}
+        # By configuration: how many modules attend by its word.
+        self.sharing: Counter[int] = Counter()
 
     def run(self, model: nn.Module) -> None:
         from fastft.patch import causal_lm, gated_mlp, heads, linear, lora, norm, own_head
@@ -178,7 +183,9 @@ class _Patcher:
                     name, "quantized_linear", "quantized_linear", f"{stored} in generate"
                 )
 
-    def try_swap(self, module: nn.Module, operator: str, room, raw: Callable) -> None:
+    def try_swap(
+        self, module: nn.Module, operator: str, room: Any, raw: Callable[..., Any]
+    ) -> None:
         """Swaps one module by the rules of a file of this folder, if they recognise it."""
         record = swap_of(module)
         if record is not None:
@@ -199,7 +206,7 @@ class _Patcher:
         swap(module, operator, room.forward, options)
         self.report.add(module, operator, raw(options), _remark(options))
 
-    def recognise(self, module: nn.Module, room):
+    def recognise(self, module: nn.Module, room: Any) -> Any:
         """room.recognise, asked once for modules of one class, sizes and settings."""
         settings = tuple(
             (k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool))
@@ -227,7 +234,7 @@ class _Patcher:
         else:
             self.report.leave(module, reason)
 
-    def swap_base(self, module: nn.Module) -> None:
+    def swap_base(self, module: ForeignModule) -> None:
         """Attention, rotary embeddings and padding of one base model."""
         from fastft.patch import attention
 
@@ -268,7 +275,7 @@ class _Patcher:
             return str(unlike)
         return None
 
-    def swap_attention(self, module: nn.Module) -> list[nn.Module]:
+    def swap_attention(self, module: ForeignModule) -> list[nn.Module]:
         """The attention modules that now run ours."""
         from fastft.patch import attention
 
@@ -302,11 +309,11 @@ def _attends(module: nn.Module) -> bool:
     return hasattr(module, "is_causal") and hasattr(module, "config")
 
 
-def _remark(options) -> str:
+def _remark(options: Any) -> str:
     return getattr(options, "remark", "")
 
 
-def _sizes(module: nn.Module) -> tuple:
+def _sizes(module: nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(p.shape)) for name, p in module._parameters.items() if p is not None)
 
 

@@ -1,10 +1,12 @@
 """Swaps norms: RMSNorm of either kind and LayerNorm, recognised by what they compute."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.ops.norm import layer_norm, rms_norm
 from fastft.patch.confirm import Unlike, confirm, stand_in
 from fastft.patch.swap import original_forward
@@ -29,19 +31,21 @@ def _compute(options: Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return rms_norm(x, weight, options.eps, offset=options.offset)
 
 
-def forward(module: nn.Module, *args, **kwargs) -> Tensor:
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Tensor:
     if len(args) != 1 or kwargs:  # a gate for instance, as Mamba's norms take: not confirmed
-        return original_forward(module)(*args, **kwargs)
+        out: Tensor = original_forward(module)(*args, **kwargs)
+        return out
     return _forward(module, args[0])
 
 
-def _forward(module: nn.Module, x: Tensor) -> Tensor:
+def _forward(module: ForeignModule, x: Tensor) -> Tensor:
     options = module._fastft_swap.options
     weight = module.weight
     if (options.promotes and x.dtype != weight.dtype) or (
         options.raw == "layer_norm" and torch.is_autocast_enabled(x.device.type)
     ):
-        return original_forward(module)(x)
+        out: Tensor = original_forward(module)(x)
+        return out
     return _compute(options, x, weight, getattr(module, "bias", None))
 
 
@@ -57,7 +61,7 @@ def is_candidate(module: nn.Module) -> bool:
     )
 
 
-def recognise(module: nn.Module) -> Norm:
+def recognise(module: ForeignModule) -> Norm:
     """Which norm this is; Unlike if none."""
     eps = next(v for n in _EPS_NAMES if isinstance(v := getattr(module, n, None), float))
     # LayerNorm fixes its size in an attribute, so the stand-in keeps the module's.
@@ -73,7 +77,7 @@ def recognise(module: nn.Module) -> Norm:
         kinds = [Norm("rms_norm", eps), Norm("rms_norm", eps, offset=1.0), *kinds]
     for kind in kinds:
 
-        def replacement(x, kind=kind):
+        def replacement(x: Tensor, kind: Any = kind) -> Any:
             return _compute(kind, x, weight, bias)
 
         try:

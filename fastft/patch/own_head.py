@@ -4,10 +4,12 @@ and the padding is computed wherever they may read it."""
 import inspect
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastft.foreign import ForeignModule
 from fastft.patch import causal_lm, heads, padding
 from fastft.patch.confirm import undisturbed
 from fastft.patch.labels import count_padding
@@ -31,7 +33,8 @@ def guard(module: nn.Module) -> None:
 
 
 def _leaves_padding_out(module: nn.Module) -> bool:
-    return swap_of(module) is not None and swap_of(module).operator == "padding"
+    found = swap_of(module)
+    return found is not None and found.operator == "padding"
 
 
 def _works_by_place(module: nn.Module) -> bool:
@@ -47,7 +50,7 @@ def _works_by_place(module: nn.Module) -> bool:
         return False
 
 
-def forward(module: nn.Module, *args, **kwargs):
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
     reads_padding = module._fastft_swap.options
     if torch.compiler.is_compiling():
         return original_forward(module)(*args, **kwargs)

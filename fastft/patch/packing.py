@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 _state = threading.local()
 
 
-def in_force(config) -> "Call | None":
+def in_force(config: Any) -> "Call | None":
     """The forward of the base model with this configuration, if it runs innermost in this thread.
 
     What one model was told means nothing to another one that runs inside of it.
@@ -25,7 +26,7 @@ def in_force(config) -> "Call | None":
 
 
 @contextmanager
-def during(**told) -> Iterator[None]:
+def during(**told: Any) -> Iterator[None]:
     before = dict(vars(_state))
     vars(_state).update(told)
     try:
@@ -54,11 +55,12 @@ class Selection:
 
     owner: nn.Module
     places: Tensor | None
-    output: object = None
+    output: Any = None
     taken: bool = False
 
-    def of(self, output):
+    def of(self, output: Any) -> Any:
         """The output of a base model with the states of the places, (1, n, hidden)."""
+        assert self.places is not None  # who has none is given the output, and not asked
         self.output = copy.copy(output)
         states = output.last_hidden_state.flatten(0, 1)
         output.last_hidden_state = states[self.places.to(states.device)][None]
@@ -71,7 +73,8 @@ def take_selection(owner: nn.Module) -> Selection | None:
     if found is None or found.owner is not owner or found.taken:
         return None
     found.taken = True
-    return found
+    out: Selection | None = found
+    return out
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Packing:
             return None
         lengths = real.sum(1, dtype=torch.int32)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return Packing(*real.shape, places, cu_seqlens, int(lengths.max()))
+        batch, length = real.shape
+        return Packing(batch, length, places, cu_seqlens, int(lengths.max()))
 
     def pack(self, x: Tensor) -> Tensor:
         """(batch, length, …) -> (1, tokens, …)"""
@@ -115,7 +119,7 @@ class Packing:
         first = self.places[self.cu_seqlens[:-1][has_tokens].long()]
         return bool((first % self.length != 0).any())
 
-    def attention_arguments(self) -> dict:
+    def attention_arguments(self) -> dict[str, Any]:
         """What transformers' modules hand on to their attention."""
         return {
             "cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens,

@@ -11,11 +11,13 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache_name import NAMES, cache_in, cache_name, renamed
+from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import computing
 from fastft.patch.attention import NAME
 from fastft.patch.confirm import Unlike, relative, undisturbed
@@ -44,7 +46,7 @@ class Padding:
     encoder: str | None = None  # the child that alone sees packed tokens
 
 
-def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward by name, with those of its own **kwargs among them."""
     signature = inspect.signature(type(module).forward)
     own = cache_name(signature.parameters)
@@ -57,7 +59,9 @@ def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     return named
 
 
-def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packing | None:
+def packing_for(
+    module: ForeignModule, arguments: dict[str, Any], keeps_cache: bool
+) -> Packing | None:
     """How to leave the padding out of this call; None if it must run as it is.
 
     keeps_cache: whether a call that does not say wants a key-value cache back.
@@ -68,8 +72,8 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
     config = module.config
     use_cache = arguments.get("use_cache")
     if (
-        config._attn_implementation
-        != NAME  # chosen anew since: it would let the rows see each other
+        # Chosen anew since: it would let the rows see each other.
+        config._attn_implementation != NAME
         or _changes_embeddings(module)
         or not isinstance(mask, Tensor)
         or not isinstance(tokens, Tensor)
@@ -93,13 +97,13 @@ def packing_for(module: nn.Module, arguments: dict, keeps_cache: bool) -> Packin
     return packing
 
 
-def _changes_embeddings(module) -> bool:
+def _changes_embeddings(module: ForeignModule) -> bool:
     """A hook on the embeddings may look at how long the rows are, as NEFTune's noise does."""
     hooks = module.get_input_embeddings()._forward_hooks.values()
     return any("make_inputs_require_grad" not in getattr(h, "__qualname__", "") for h in hooks)
 
 
-def asks(arguments: dict, config, name: str) -> bool:
+def asks(arguments: dict[str, Any], config: Any, name: str) -> bool:
     asked = arguments.get(name)
     asked = getattr(config, name, None) if asked is None else asked
     return asked is not None and asked is not False  # the number 0 asks for a layer's states
@@ -112,7 +116,7 @@ def _is_per_token(name: str, value: Tensor, mask: Tensor) -> bool:
     return value.dim() == 0 or (name in _PER_TOKEN and value.shape[:2] == mask.shape)
 
 
-def pack_arguments(packing: Packing, arguments: dict) -> dict:
+def pack_arguments(packing: Packing, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a base model for the real tokens alone; as mask, the packing itself."""
     packed = {}
     for name, value in arguments.items():
@@ -127,7 +131,7 @@ def pack_arguments(packing: Packing, arguments: dict) -> dict:
     return packed | packing.attention_arguments()
 
 
-def forward(module: nn.Module, *args, **kwargs):
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():  # the number of real tokens is not known then
         kwargs = {k: None if isinstance(v, Packing) else v for k, v in kwargs.items()}
         return original_forward(module)(*args, **kwargs)
@@ -143,13 +147,15 @@ def forward(module: nn.Module, *args, **kwargs):
     return selected.of(_forward(module, arguments, args, kwargs))
 
 
-def _run(call: Call, args: tuple, kwargs: dict):
+def _run(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with during(call=call):
         output = original_forward(call.owner)(*args, **kwargs)
     return held(call.owner, output) if call.recomputes else output
 
 
-def _forward(module, arguments: dict, args: tuple, kwargs: dict):
+def _forward(
+    module: ForeignModule, arguments: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     options, packing = module._fastft_swap.options, None
     returns_dict = arguments.get("return_dict", getattr(module.config, "return_dict", True))
     if not keeps_padding() and returns_dict is not False:
@@ -168,7 +174,7 @@ def _forward(module, arguments: dict, args: tuple, kwargs: dict):
     return output
 
 
-def encode(module: nn.Module, *args, **kwargs):
+def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of an encoder inside a base model: padded states in and out, packed between."""
     arguments = bind(module, args, kwargs)
     packing = next((v for v in arguments.values() if isinstance(v, Packing)), None)
@@ -239,7 +245,7 @@ def install(module: nn.Module) -> None:
         raise why from None
 
 
-def _confirm(module: nn.Module, fields: set[str]) -> None:
+def _confirm(module: ForeignModule, fields: set[str]) -> None:
     """Raises Unlike unless the base model gives packed rows what it gave padded ones before.
 
     Runs the module itself, on a few tokens, without gradients. That no row sees another: one row's

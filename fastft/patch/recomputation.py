@@ -5,9 +5,12 @@ and attention it has by then. Those of an unpatched model would let packed rows 
 draw other dropout, and nothing would tell. (The other kind compares what it has saved.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import ForeignModule
 from fastft.patch.swap import swap_of
 
 
@@ -15,12 +18,12 @@ class _Held(torch.autograd.Function):
     """The identity; its backward comes before that of the layers below."""
 
     @staticmethod
-    def forward(ctx, x, module, attention):
+    def forward(ctx: Any, x: Tensor, module: nn.Module, attention: Any) -> Tensor:
         ctx.module, ctx.attention = module, attention
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         record = swap_of(ctx.module)
         same = ctx.module.config._attn_implementation == ctx.attention
         if record is None or not record.active or not same:
@@ -32,12 +35,12 @@ class _Held(torch.autograd.Function):
         return grad, None, None
 
 
-def held(module: nn.Module, output):
+def held(module: ForeignModule, output: Any) -> Any:
     """The output of a base model, a tuple or a ModelOutput, whose backward raises RuntimeError
     if the module is then no longer patched as it is now."""
     attention = module.config._attn_implementation
 
-    def hold(x):
+    def hold(x: Tensor) -> Any:
         is_result = isinstance(x, Tensor) and x.requires_grad
         return _Held.apply(x, module, attention) if is_result else x
 

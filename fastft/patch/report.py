@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from fastft.library import operators
 
 
@@ -22,15 +24,15 @@ class Report:
     """`report.swapped` and `report.left` hold entries; `print(report)` shows them as a table."""
 
     device: str = "cpu"
-    _swapped: Counter = field(default_factory=Counter)
-    _left: Counter = field(default_factory=Counter)
+    _swapped: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+    _left: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def add(self, module, operator: str, raw: str, remark: str = "") -> None:
+    def add(self, module: nn.Module | str, operator: str, raw: str, remark: str = "") -> None:
         """raw: the dispatcher's name of the operator that does the work, to name who serves it."""
         served = operators().get(raw, {}).get(self.device, raw)
         self._swapped[_name(module), operator, served, remark] += 1
 
-    def leave(self, module, reason: str) -> None:
+    def leave(self, module: nn.Module, reason: str) -> None:
         self._left[_name(module), reason] += 1
 
     @property
@@ -63,5 +65,5 @@ class Report:
     __repr__ = __str__
 
 
-def _name(module) -> str:
+def _name(module: nn.Module | str) -> str:
     return module if isinstance(module, str) else type(module).__name__

@@ -6,14 +6,16 @@ which travel with `copy.deepcopy` and stay out of `state_dict`. Classes are neve
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from torch import nn
+
+from fastft.foreign import ForeignModule
 
 
 @dataclass(eq=False)
@@ -21,50 +23,54 @@ class Swap:
     """What runs in place of an instance's forward, and what ran before."""
 
     operator: str
-    replacement: Callable  # replacement(module, *args, **kwargs)
+    replacement: Callable[..., Any]  # replacement(module, *args, **kwargs)
     options: Any = None
-    original: Callable | None = None  # a forward the instance had of its own; None: its class's
+    # A forward the instance had of its own; None: its class's.
+    original: Callable[..., Any] | None = None
     active: bool = True
 
-    def __deepcopy__(self, memo) -> "Swap":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Swap":
         # The original may be bound to the module that is being copied.
         return replace(self, original=copy.deepcopy(self.original, memo))
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a patched module cannot be pickled: unpatch it first, or save its state_dict"
         )
 
 
 @cache
-def _trampoline(cls: type) -> Callable:
+def _trampoline(cls: Any) -> Callable[..., Any]:
     """A forward of the class's signature: Trainer and generate read it to learn the arguments."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self: ForeignModule, *args: Any, **kwargs: Any) -> Any:
         swap = self._fastft_swap
         if swap.active:
             return swap.replacement(self, *args, **kwargs)
         return original_forward(self)(*args, **kwargs)
 
     # Not functools.wraps: accelerate unwinds __wrapped__ and would drop the swap.
-    forward.__signature__ = inspect.signature(cls.forward)
-    forward.is_fastft = True
+    told = {"__signature__": inspect.signature(cls.forward), "is_fastft": True}
+    vars(forward).update(told)
     return forward
 
 
-def swap(module: nn.Module, operator: str, replacement: Callable, options: Any = None) -> None:
+def swap(
+    module: ForeignModule, operator: str, replacement: Callable[..., Any], options: Any = None
+) -> None:
     """Puts replacement(module, …) in place of the instance's forward."""
     module._fastft_swap = Swap(operator, replacement, options, module.__dict__.get("forward"))
-    module.forward = MethodType(_trampoline(type(module)), module)
+    module.forward = MethodType(_trampoline(cast(Hashable, type(module))), module)
 
 
-def swap_of(module: nn.Module) -> Swap | None:
-    return module.__dict__.get("_fastft_swap")
+def swap_of(module: ForeignModule) -> Swap | None:
+    found: Swap | None = module.__dict__.get("_fastft_swap")
+    return found
 
 
-def original_forward(module: nn.Module) -> Callable:
+def original_forward(module: ForeignModule) -> Callable[..., Any]:
     """The forward that ran before the swap, bound to this module."""
-    before = module._fastft_swap.original
+    before: Callable[..., Any] | None = module._fastft_swap.original
     # partial rather than MethodType, which torch.compile cannot trace.
     return before if before is not None else partial(type(module).forward, module)
 
@@ -119,6 +125,6 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def origin(hook: Callable) -> str:
+def origin(hook: Callable[..., Any]) -> str:
     """The module that defines a hook, which may be a function, a partial or an instance."""
     return getattr(getattr(hook, "func", hook), "__module__", None) or ""

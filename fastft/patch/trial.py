@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from fastft.foreign import ForeignModule
 from fastft.patch.confirm import relative
 from fastft.patch.packing import Packing, kept
 from fastft.patch.swap import switched_off
@@ -20,12 +22,12 @@ _SHORT = 2
 class Trial:
     """Two padded batches that share their first row."""
 
-    first: dict
-    second: dict
+    first: dict[str, Any]
+    second: dict[str, Any]
     packing: Packing
 
     @staticmethod
-    def of(module: nn.Module, causal: bool) -> "Trial":
+    def of(module: ForeignModule, causal: bool) -> "Trial":
         weight = module.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
         # Rows ending in padding, full, with a gap; a causal model's also beginning with padding.
@@ -36,7 +38,7 @@ class Trial:
         special = [v for k, v in module.config.to_dict().items() if k.endswith("_token_id")]
         special = [v for v in special if isinstance(v, int) and 0 <= v < weight.shape[0]]
 
-        def tokens():
+        def tokens() -> Tensor:
             ids = torch.randint(0, weight.shape[0], mask.shape, generator=generator)
             ids[0, : len(special[:5])] = torch.tensor(special[:5], dtype=ids.dtype)
             return ids.to(weight.device)
@@ -44,15 +46,17 @@ class Trial:
         first, second = tokens(), tokens()
         second[0] = first[0]
         inputs = {"attention_mask": mask, "use_cache": False, "return_dict": True}
-        return Trial(
-            inputs | {"input_ids": first}, inputs | {"input_ids": second}, Packing.of(mask)
-        )
+        packing = Packing.of(mask)
+        assert packing is not None  # the mask has padding
+        return Trial(inputs | {"input_ids": first}, inputs | {"input_ids": second}, packing)
 
-    def differ(self, got, wanted) -> float:
+    def differ(self, got: Any, wanted: Any) -> float:
         """By how much two outputs of the first batch do, at the real tokens."""
         return relative(*(self.packing.pack(o.last_hidden_state) for o in (got, wanted)))
 
-    def differs_in_attention(self, module: nn.Module, forward: Callable) -> tuple:
+    def differs_in_attention(
+        self, module: ForeignModule, forward: Callable[..., Any]
+    ) -> tuple[Any, float]:
         """The output as before patching, and by how much that of the patched `forward` differs with
         the padding computed; also without padding, where masks are left out."""
         full = self.first | {"attention_mask": torch.ones_like(self.first["attention_mask"])}
@@ -73,7 +77,7 @@ class Trial:
 
 
 @contextmanager
-def windows_shortened(module: nn.Module) -> Iterator[None]:
+def windows_shortened(module: ForeignModule) -> Iterator[None]:
     """Inside, windows end within a few tokens, as the configuration and the modules name them: the
     two may count a window in different ways."""
     config, changed = module.config, []

@@ -15,7 +15,7 @@ _PER_DIMENSION = 16
 class Unchanged:
     """Called later: whether nothing is known to have changed. Sharded tensors are not watched."""
 
-    def __init__(self, tensors: Iterable[Tensor]):
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         watched = [x for x in tensors if type(x) in (Tensor, nn.Parameter) and not x.is_meta]
         self._held = [(x, _version(x), _sample(x)) for x in watched]
 

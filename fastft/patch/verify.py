@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.decode.layers import DECODE_WEIGHT, Unfit
+from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import computing, int8_layers
 from fastft.patch.base_cost import BaseCost, base_cost
 from fastft.patch.confirm import undisturbed
@@ -66,7 +68,7 @@ class Verification:
     __repr__ = __str__
 
 
-def verify(model: nn.Module, batch: Mapping) -> Verification:
+def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
     """Runs model(**batch) as it was and as it is patched, and compares loss, logits, gradients.
 
     Dropout is off and the random state, `.grad` and training mode are left as they were; a model
@@ -103,7 +105,7 @@ def verify(model: nn.Module, batch: Mapping) -> Verification:
     return result
 
 
-def _perplexity(model: nn.Module, batch: Mapping) -> tuple[float, float] | None:
+def _perplexity(model: ForeignModule, batch: Mapping[str, Any]) -> tuple[float, float] | None:
     copies = any(DECODE_WEIGHT in vars(module) for module in model.modules())
     if not copies or "input_ids" not in batch:
         return None
@@ -112,10 +114,11 @@ def _perplexity(model: nn.Module, batch: Mapping) -> tuple[float, float] | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     with evaluating(model):
-        return tuple(perplexity(inner, ids, mask, stored) for stored in (False, True))
+        exact, stored = (perplexity(inner, ids, mask, each) for each in (False, True))
+        return exact, stored
 
 
-def _run(model: nn.Module, batch: Mapping) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     for parameter in model.parameters():
         parameter.grad = None
     output = model(**batch)
@@ -131,7 +134,7 @@ def _run(model: nn.Module, batch: Mapping) -> tuple[Tensor, Tensor, dict[str, Te
         return loss.detach(), scores.detach(), grads
 
 
-def _compare(model, batch, wanted, got) -> Verification:
+def _compare(model: nn.Module, batch: Mapping[str, Any], wanted: Any, got: Any) -> Verification:
     mask = batch.get("attention_mask")
     logits, ours = wanted[1], got[1]
     if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
@@ -164,4 +167,5 @@ def _compare(model, batch, wanted, got) -> Verification:
 def _relative(ours: Tensor, wanted: Tensor) -> float:
     gap = (ours.double() - wanted.double()).norm().item()
     size = wanted.double().norm().item()
-    return gap / size if size > 0 else gap
+    out: float = gap / size if size > 0 else gap
+    return out

@@ -187,11 +187,23 @@ def test_more_accepted_than_drafted_is_an_error():
 def test_step_cost_is_monotone_and_linear_between():
     cost = StepCost()
     for width, seconds in ((1, 1.0), (4, 1.6), (8, 1.4), (16, 3.0)):
-        cost.observe(width, seconds, 0)
+        for _ in range(60):
+            cost.observe(width, seconds, 0)
     assert [cost(w) for w in (1, 4, 8, 16)] == pytest.approx([1.0, 1.5, 1.5, 3.0])
     assert cost(12) == pytest.approx(2.25)
     assert cost(31) == pytest.approx(5.0)
     assert all(cost(w) <= cost(w + 1) for w in range(1, 40))
+
+
+def test_one_slow_step_does_not_make_its_width_dear():
+    cost = StepCost()
+    for width in (4, 8):
+        cost.observe(width, 1.0, 0)
+    cost.observe(12, 2.0, 0)
+    assert cost(12) == pytest.approx(1.25)
+    for _ in range(60):
+        cost.observe(12, 2.0, 0)
+    assert cost(12) == pytest.approx(2.0, rel=1e-3)
 
 
 def test_choosing_costs_little_beside_a_step():

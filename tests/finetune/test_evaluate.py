@@ -90,7 +90,7 @@ def test_several_models_on_several_data_are_a_matrix(encoder, tmp_path):
     run, out = str(encoder / "run"), tmp_path / "out"
     models = [run, str(encoder / "run" / "model")]
     result = evaluate(EvaluateConfig(model=models, data=[old, new], output=str(out)))
-    assert result.metrics["matrix"] == [[0.5, pytest.approx(1 / 3)]] * 2
+    assert result.metrics["matrix"] == [[1.0, pytest.approx(1 / 3)]] * 2
     assert (out / "forgetting.png").is_file()
 
 

@@ -135,6 +135,10 @@ def test_what_the_user_can_put_right(model, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     with pytest.raises(UserError, match="standard input: no prompts"):
         generate(GenerateConfig(model=model))
+    for text in ("\udcff\n", '{"prompt": "\\ud83d"}\n'):  # bytes of another encoding; half a smile
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        with pytest.raises(UserError, match="not UTF-8, or holds half a character"):
+            generate(GenerateConfig(model=model))
     with pytest.raises(UserError, match="more than the model's"):
         generate(GenerateConfig(model=model, prompt="word1", max_new_tokens=10**6))
     with pytest.raises(UserError, match="speculation|no such folder"):

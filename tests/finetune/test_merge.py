@@ -40,6 +40,8 @@ def adapter(tmp_path, name, task, method, called="adapter", scale=0.1):
 CASES = [
     ("bert", "classify", "lora"),
     ("bert", "ner", "ia3"),
+    ("bert", "classify", "ia3"),
+    ("roberta", "classify", "ia3"),
     ("gpt2", "lm", "lora"),
     ("gpt2", "classify", "dora"),
     ("gpt2", "lm", "ia3"),

@@ -107,6 +107,10 @@ def test_the_nearest_example_stands_last():
         ({"template": "{{ ''.__class__.__mro__ }}"}, "access to attribute '__class__'"),
         ({"template": "{% for i in range(10**9) %}x{% endfor %}{{ text }}"}, "Range too big"),
         ({"template": "{{ text + 1 }}"}, "template: can only concatenate"),
+        (
+            {"template": "{{ '{0}{1}'.format(text) }}"},
+            "template: tuple index out of range|template: Replacement index",
+        ),
         ({"chat": True}, "no chat template"),
         ({"system": "x"}, "no chat template"),
     ],

@@ -11,7 +11,7 @@ import torch
 import yaml
 from finetune import tiny
 
-from fastft.finetune import UserError, loading, methods, train, trainer
+from fastft.finetune import UserError, checkpoints, loading, methods, train, trainer
 from fastft.finetune.run_folder import RunFolder
 
 
@@ -203,14 +203,14 @@ def test_early_stopping_ends_with_the_best(config, monkeypatch):
         return measured(metrics) | {"f1_macro": next(scores)}
 
     kept = {}
-    keep = trainer._Interrupted.on_step_end
+    keep = checkpoints._Interrupted.on_step_end
 
     def remember(self, args, state, control, model=None, **more):
         kept[state.global_step] = model.classifier.weight.detach().clone()
         return keep(self, args, state, control, **more)
 
     monkeypatch.setattr(trainer, "numbers", scored)
-    monkeypatch.setattr(trainer._Interrupted, "on_step_end", remember)
+    monkeypatch.setattr(checkpoints._Interrupted, "on_step_end", remember)
     monkeypatch.setattr(trainer, "measure", lambda *a: {})
     monkeypatch.setattr("fastft.finetune.running.summary", lambda *a: "")
     result = train(run)

@@ -216,6 +216,8 @@ def test_rotary_refuses_angles_that_would_be_trained():
         rotary(q, q, angles, angles.detach())
     with torch.no_grad():
         rotary(q, q, angles, angles)
+    with pytest.raises(TypeError, match="sin: expected float32 or smaller"):
+        rotary(q, q, angles.detach(), angles.detach().double())
 
 
 # ---- lora ----------------------------------------------------------------------------------------
@@ -246,6 +248,12 @@ def test_lora_names_what_does_not_fit():
             lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, *wrong))
     with pytest.raises(ValueError, match="linear.dropout: expected 0 to 1"):
         lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, a, b, 1.0, 2.0))
+    with pytest.raises(ValueError, match=r"linear: expected b \(out, rank\)"):
+        lora_onto(torch.randn(4, 6), x, LoraLinear(None, None, a, torch.ones(())))
+    with pytest.raises(TypeError, match="expected float64 in all or none"):
+        lora_onto(torch.randn(4, 6), x.double(), LoraLinear(None, None, a, b))
+    with pytest.raises(ValueError, match="y: expected"):
+        lora_onto(torch.ones(()), x, LoraLinear(None, None, a, b))
     with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
         lora_onto(torch.randn(4, 6), x.long(), LoraLinear(None, None, a, b))
 

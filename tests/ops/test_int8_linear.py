@@ -8,7 +8,10 @@ from torch.library import opcheck
 from truth import assert_same_bits_for_any_threads
 
 from fastft.ops.int8_linear import (
+    Rounded,
+    _int8_columns,
     _int8_product,
+    _round_apart,
     _round_rows,
     _scale_sums_,
     int8_linear,
@@ -31,10 +34,26 @@ def product_inputs(rows, inner, out, transposed, scaled=True):
     return numbers(rows, inner), torch.rand(rows), b, *extra, transposed
 
 
+def what_stands_for(x):
+    """The rounded x, columns apart among the others, in float64."""
+    rounded = Rounded.of(x)
+    wide = rounded.values.double() * rounded.scale.double()[:, None]
+    wide[:, rounded.columns] = rounded.apart.double()
+    return wide
+
+
 def exact(a, a_scale, b, b_scale, bias, transposed):
     y = a.double() @ (b.double() if transposed else b.double().t()) * a_scale.double()[:, None]
     y = y if b_scale is None else y * b_scale.double()
     return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_over_one_input_or_to_one_output(transposed):
+    """torch._int_mm gives garbage for a matrix whose strides are both 1."""
+    for sizes in ((9, 1, 75), (9, 75, 1), (1, 1, 3), (1, 3, 1), (1, 1, 1)):
+        args = product_inputs(*sizes, transposed)
+        torch.testing.assert_close(int8_product(*args).double(), exact(*args), rtol=1e-5, atol=1e-2)
 
 
 @given(
@@ -95,6 +114,47 @@ def test_rows_that_are_zero_or_not_finite(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_apart(isa, dtype):
+    """The largest columns are copied and stay out of the rounding of the others."""
+    for rows, columns, count in [(0, 5, 2), (1, 1, 1), (5, 33, 0), (5, 33, 33), (70, 576, 16)]:
+        x = torch.randn(rows, columns + 3).to(dtype)[:, :columns]
+        values, scale, chosen, apart = _round_apart(x, count)
+        peaks = x.abs().amax(0).float() if rows else torch.zeros(columns)
+        rest = torch.ones(columns, dtype=torch.bool)
+        rest[chosen] = False
+        assert chosen.tolist() == sorted(set(chosen.tolist())) and len(chosen) == count
+        if 0 < count < columns:
+            assert peaks[chosen].min() >= peaks[rest].max()
+        assert torch.equal(apart, x[:, chosen].float())
+        assert not values[:, chosen].any()
+        wanted = _round_rows(x * rest, None)
+        assert torch.equal(values, wanted[0]) and torch.equal(scale, wanted[1])
+        assert torch.equal(chosen, _round_apart.reference(x, count)[2])
+
+
+def test_columns_of_a_weight(isa):
+    for out, inner, chosen in [(1, 1, [0]), (90, 64, [0, 7, 63]), (700, 40, []), (0, 8, [1])]:
+        stored = numbers(out, inner + 5)[:, :inner]
+        scale, chosen = torch.rand(out), torch.tensor(chosen, dtype=torch.int64)
+        columns = _int8_columns(stored, scale, chosen)
+        assert torch.equal(columns, (stored[:, chosen] * scale[:, None]).t())
+
+
+def test_large_columns_do_not_spoil_the_others():
+    """Two columns a thousand times as large, as activations have them: the rest keeps its bits."""
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(40, 128) * 0.1)
+    x = torch.randn(30, 128)
+    x[:, [5, 77]] *= 1000
+    rest = x.index_fill(1, torch.tensor([5, 77]), 0)
+    large = x - rest
+    wide = dequantize(weight, torch.float64).t()
+    left = int8_linear(x, weight).double() - large.double() @ wide
+    truth = rest.double() @ wide
+    assert (left - truth).norm() < 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_and_gradients_against_the_formula(dtype, bias):
     """y and dx in float64 from the rounded numbers, and near those of the exact layer."""
@@ -106,8 +166,7 @@ def test_layer_and_gradients_against_the_formula(dtype, bias):
     dy = torch.randn(2, 33, 90).to(dtype)
     y.backward(dy)
     assert y.dtype is dtype and x.grad.dtype is dtype
-    rows, sizes = _round_rows(x.detach().flatten(0, 1), None)
-    wide = rows.double() * sizes.double()[:, None]
+    wide = what_stands_for(x.detach().flatten(0, 1))
     truth = wide @ dequantize(weight, torch.float64).t() + (0 if b is None else b.double())
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(y.flatten(0, 1).double(), truth, rtol=eps, atol=1e-5)
@@ -176,8 +235,7 @@ def test_adapters_over_int8_weights(dtype):
     dys = [torch.randn_like(y) for y in ys]
     torch.autograd.backward(ys, dys)
     wide, dx = x.detach().double(), 0
-    rows, sizes = _round_rows(x.detach(), None)
-    rounded = rows.double() * sizes.double()[:, None]
+    rounded = what_stands_for(x.detach())
     tight = dict(rtol=4 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)
     for y, dy, weight, each in zip(ys, dys, weights, linears, strict=True):
         a, b = each.a.detach().double(), each.b.detach().double()
@@ -234,6 +292,8 @@ def test_opcheck(transposed):
     opcheck(_scale_sums_.op, (sums, torch.rand(7), torch.rand(20), None, torch.randn(7, 20)))
     opcheck(_int8_product.op, product_inputs(7, 20, 9, transposed))
     opcheck(_round_rows.op, (torch.randn(7, 20), torch.rand(20)))
+    opcheck(_round_apart.op, (torch.randn(7, 20), 3))
+    opcheck(_int8_columns.op, (numbers(9, 20), torch.rand(9), torch.tensor([3, 8])))
 
 
 def test_bad_input():
@@ -254,3 +314,7 @@ def test_bad_input():
         _scale_sums_(torch.zeros(3, 8, dtype=torch.int32), torch.rand(3), None, None, numbers(3, 7))
     with pytest.raises(RuntimeError, match="b: expected shape"):
         _int8_product(numbers(3, 32), torch.rand(3), numbers(8, 31), None, None, False)
+    with pytest.raises(RuntimeError, match="columns: expected 0 to 7"):
+        _int8_columns(numbers(3, 8), torch.rand(3), torch.tensor([8]))
+    with pytest.raises(RuntimeError, match="count: expected 0 to 4"):
+        _round_apart(torch.randn(2, 4), 5)

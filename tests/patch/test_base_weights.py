@@ -60,6 +60,12 @@ def test_which_layers_and_what_they_hold():
     assert {n for n, m in model.named_modules() if isinstance(m, Int8Linear)} == set(held)
 
 
+def test_a_base_that_is_not_frozen_is_told():
+    report = fastft.patch(llama(), base_weights="int8")
+    assert report.count("int8_linear") == 0
+    assert "base_weights='int8': no linear layer is frozen" in {e.reason for e in report.left}
+
+
 def test_gradients_are_those_of_the_numbers_within_rounding():
     model, inputs = with_lora(llama()), batch()
     twin = copy.deepcopy(model)

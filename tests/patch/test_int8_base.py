@@ -73,6 +73,14 @@ def test_decodes_from_the_same_numbers():
     assert not int8_layers(model)
 
 
+def test_decodes_without_an_adapter():
+    model = llama().eval().requires_grad_(False)
+    report = fastft.patch(model, base_weights="int8")
+    assert report.count("int8_linear") == 14 and report.count("decoder_layer") == 1
+    ids = torch.randint(2, 96, (2, 9))
+    assert fastft.generate(model, ids, max_new_tokens=4).stats.path == "decoder_layer"
+
+
 def test_the_decode_step_computes_the_int8_model():
     """By the weights that the numbers stand for: to the last digits; rounded: nearly."""
     model, _ = patched()

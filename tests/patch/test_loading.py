@@ -1,5 +1,7 @@
 """load: int8 numbers as patch makes them, the checkpoint for the originals, and what it refuses."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -51,6 +53,25 @@ def test_the_checkpoint_keeps_the_originals(folder):
         if "lora_" not in name:
             assert torch.equal(parameter, weights[name.replace(".base_layer", "")]), name
     assert not int8_layers(model.merge_and_unload())
+
+
+@pytest.mark.parametrize("model_type", ["evil", "llama"])
+def test_code_of_the_folder_is_not_run(folder, tmp_path, monkeypatch, model_type):
+    """Not even where somebody at the terminal would say yes."""
+    monkeypatch.setattr("builtins.input", lambda text: "y")
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w')\nclass Config: pass\nModel = Config\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    if model_type == "evil":
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            fastft.load(folder)
+    else:
+        assert int8_layers(fastft.load(folder))  # the class that transformers has
+    assert not ran.exists()
 
 
 def test_tied_embeddings_biases_and_types(tmp_path):

@@ -14,12 +14,13 @@ import copy
 import importlib.util
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import adapter, layers
+from fastft.foreign import ForeignModule
 
 METHODS = (
     "full", "top-layers", "bitfit", "lora", "dora", "adapter", "prompt", "prefix", "ia3", "qlora",
@@ -32,7 +33,9 @@ _TARGETED = ("lora", "dora", "qlora", "ia3", "adapter")
 class Settings(Protocol):
     """What `apply` reads of a command's settings."""
 
-    method: str
+    @property
+    def method(self) -> str: ...
+
     rank: int
     lora_alpha: float
     lora_dropout: float
@@ -86,10 +89,12 @@ def apply(model: nn.Module, config: Settings, task: str) -> nn.Module:
     if config.method == "adapter":
         ends = config.target_modules or sum(layers.projections(model), [])
         heads = layers.head(model, task)
-        return adapter.add(model, layers.named(model, ends), config.bottleneck, heads)
+        added: nn.Module = adapter.add(model, layers.named(model, ends), config.bottleneck, heads)
+        return added
     from fastft.finetune.methods import through_peft
 
-    return through_peft.wrap(model, config, task)
+    wrapped: nn.Module = through_peft.wrap(model, config, task)
+    return wrapped
 
 
 def _top_layers(model: nn.Module, count: int, task: str) -> nn.Module:
@@ -118,10 +123,13 @@ def _bitfit(model: nn.Module, task: str) -> nn.Module:
     return model
 
 
-def count(model: nn.Module) -> tuple[int, int]:
+def count(model: ForeignModule) -> tuple[int, int]:
     """Numbers of trainable parameters and of all."""
     if hasattr(model, "get_nb_trainable_parameters"):
-        return model.get_nb_trainable_parameters()  # counts quantised weights unpacked
+        out: tuple[int, int] = (
+            model.get_nb_trainable_parameters()
+        )  # counts quantised weights unpacked
+        return out
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
@@ -131,7 +139,7 @@ def is_adapter(model: nn.Module) -> bool:
     return adapter.is_added(model) or hasattr(model, "peft_config")
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(model: ForeignModule, folder: str | Path) -> None:
     """Safetensors of what was trained: an adapter with the model's config beside it, or the model.
 
     The config tells how many labels a head has and what they are called.
@@ -163,7 +171,7 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn
     return through_peft.load(model, folder, trainable=trainable)
 
 
-def read_settings(folder: str | Path) -> dict:
+def read_settings(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json of an adapter that may be loaded: of a known kind, in safetensors."""
     folder = Path(folder)
     try:
@@ -181,4 +189,5 @@ def read_settings(folder: str | Path) -> dict:
     for key in ("tokenizer_name_or_path", "tokenizer_kwargs", "megatron_config"):
         if settings.get(key):
             raise UserError(f"{folder}/adapter_config.json: {key} is refused")
-    return settings
+    out: dict[str, Any] = settings
+    return out

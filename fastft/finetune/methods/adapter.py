@@ -11,22 +11,24 @@ changes. It is not linear, so it cannot be merged into the projection's weight.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import layers
+from fastft.foreign import ForeignModule
 
 KIND = "FASTFT_BOTTLENECK"  # peft_type in adapter_config.json
 _CHILD = "bottleneck_adapter"
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, hidden: int, bottleneck: int, device=None):
+    def __init__(self, hidden: Any, bottleneck: int, device: torch.device | None = None) -> None:
         super().__init__()
         # float32 over half-precision models too: what is trained is kept exactly, as PEFT does.
-        where = {"device": device, "dtype": torch.float32}
+        where: dict[str, Any] = {"device": device, "dtype": torch.float32}
         self.down = nn.Linear(hidden, bottleneck, **where)
         self.up = nn.Linear(bottleneck, hidden, **where)
         nn.init.normal_(self.down.weight, std=0.01)
@@ -36,18 +38,20 @@ class Bottleneck(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         hidden = nn.functional.gelu(self.down(y.to(self.down.weight.dtype)))
-        return y + self.up(hidden).to(y.dtype)
+        out: Tensor = y + self.up(hidden).to(y.dtype)
+        return out
 
 
-def _hook(projection: nn.Module, args, output: Tensor) -> Tensor:
-    return getattr(projection, _CHILD)(output)
+def _hook(projection: nn.Module, args: Any, output: Tensor) -> Tensor:
+    out: Tensor = getattr(projection, _CHILD)(output)
+    return out
 
 
 def is_added(model: nn.Module) -> bool:
     return "_fastft_adapter" in vars(model)
 
 
-def add(model: nn.Module, names: list[str], bottleneck: int, heads: list[str]) -> nn.Module:
+def add(model: ForeignModule, names: list[str], bottleneck: int, heads: list[str]) -> ForeignModule:
     """A new adapter after each named linear layer; these and the heads are trained, no more.
 
     heads: names of modules that are trained whole and saved beside the adapters.
@@ -70,7 +74,7 @@ def add(model: nn.Module, names: list[str], bottleneck: int, heads: list[str]) -
     return model
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(model: ForeignModule, folder: str | Path) -> None:
     """adapter_config.json and adapter_model.safetensors, as PEFT calls its own."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(
-    model: nn.Module, folder: str | Path, settings: dict, *, trainable: bool = False
+    model: nn.Module, folder: str | Path, settings: dict[str, Any], *, trainable: bool = False
 ) -> nn.Module:
     """The model with the adapters of a folder, in place; settings: its adapter_config.json.
 
@@ -116,14 +120,15 @@ def load(
     return model
 
 
-def _shapes(model: nn.Module, settings: dict) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what is saved: the adapters and the heads, by their names in the model.
 
     Raises: AttributeError for a name that the model does not have.
     """
-    bottleneck, shapes = settings["bottleneck"], {}
+    bottleneck = settings["bottleneck"]
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in settings["target_modules"]:
-        hidden = layers.width_of(model.get_submodule(name))
+        hidden: Any = layers.width_of(model.get_submodule(name))
         shapes[f"{name}.{_CHILD}.down.weight"] = (bottleneck, hidden)
         shapes[f"{name}.{_CHILD}.down.bias"] = (bottleneck,)
         shapes[f"{name}.{_CHILD}.up.weight"] = (hidden, bottleneck)

@@ -4,17 +4,18 @@ PEFT 0.21 finds no cache then: it would put the tokens before every new one whil
 not give a prefix to encoders. Only the instance changes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
-
-from torch import nn
+from typing import Any
 
 from fastft.decode.cache_name import own_name, renamed
+from fastft.foreign import ForeignModule
 
 _OLD = "past_key_values"
 
 
-def name_cache(model: nn.Module) -> nn.Module:
+def name_cache(model: ForeignModule) -> ForeignModule:
     """The PeftModel, whose virtual tokens go where its base model looks for them."""
     from packaging.version import Version
     from peft import __version__
@@ -31,11 +32,15 @@ def name_cache(model: nn.Module) -> nn.Module:
     return model
 
 
-def _by_old_name(prepare, *args, **kwargs) -> dict:
+def _by_old_name(
+    prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
     return renamed(prepare(*args, **kwargs), _OLD)
 
 
-def _prefix_tuning_forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+def _prefix_tuning_forward(
+    self: ForeignModule, input_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any
+) -> Any:
     """PEFT's for a head that takes the cache, or hands it on with all else it is given."""
     rows = len(inputs_embeds if input_ids is None else input_ids)
     return self.base_model(

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from fastft.finetune import UserError
+from fastft.foreign import ForeignModule
 
 CLASSIFICATION = ("classify", "ner")
 
@@ -29,7 +30,7 @@ def head(model: nn.Module, task: str) -> list[str]:
     ]
 
 
-def layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def layers(model: ForeignModule) -> tuple[str, nn.ModuleList]:
     """Name and list of the transformer layers, first to last."""
     depth = model.config.num_hidden_layers
     for name, module in model.named_modules():
@@ -52,7 +53,7 @@ def last_norms(model: nn.Module) -> list[str]:
     return found
 
 
-def projections(model: nn.Module) -> tuple[list[str], list[str]]:
+def projections(model: ForeignModule) -> tuple[list[str], list[str]]:
     """Names of the linears that end attention and MLP, one of each per layer.
 
     Both give the hidden width, to be added to the residual stream, and are the last that do so in

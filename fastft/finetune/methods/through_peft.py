@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -9,6 +10,7 @@ from fastft.decode.cache_name import cache_name
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import layers
 from fastft.finetune.methods.cache_for_peft import name_cache
+from fastft.foreign import ForeignModule
 
 TASK_TYPES = {"classify": "SEQ_CLS", "ner": "TOKEN_CLS", "lm": "CAUSAL_LM", "sft": "CAUSAL_LM"}
 
@@ -17,7 +19,7 @@ TASK_TYPES = {"classify": "SEQ_CLS", "ner": "TOKEN_CLS", "lm": "CAUSAL_LM", "sft
 _TOGETHER = (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",))
 
 
-def wrap(model: nn.Module, config, task: str) -> nn.Module:
+def wrap(model: nn.Module, config: Any, task: str) -> ForeignModule:
     """The model inside PEFT's, with a new adapter."""
     peft = need("peft", f"method {config.method}")
     common = {"task_type": TASK_TYPES[task], "modules_to_save": layers.head(model, task) or None}
@@ -49,7 +51,7 @@ def wrap(model: nn.Module, config, task: str) -> nn.Module:
     return peft.get_peft_model(model, lora)
 
 
-def _ia3(peft, model: nn.Module, config, common: dict):
+def _ia3(peft: Any, model: nn.Module, config: Any, common: dict[str, Any]) -> Any:
     """Scales of keys, values and what enters the MLP's last projection (arXiv 2205.05638)."""
     ends = layers.projections(model)[1]
     if config.target_modules:
@@ -81,7 +83,7 @@ def _keys_and_values(model: nn.Module) -> list[str]:
     )
 
 
-def _virtual(peft, model: nn.Module, config, common: dict):
+def _virtual(peft: Any, model: ForeignModule, config: Any, common: dict[str, Any]) -> Any:
     """Virtual tokens (arXiv 2104.08691), or their keys and values (arXiv 2101.00190)."""
     count = config.virtual_tokens
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -110,8 +112,8 @@ def _virtual(peft, model: nn.Module, config, common: dict):
     )
 
 
-def _takes_prefix(model: nn.Module) -> bool:
-    base = getattr(model, model.base_model_prefix, model)
+def _takes_prefix(model: ForeignModule) -> bool:
+    base: ForeignModule = getattr(model, model.base_model_prefix, model)
     return any(cache_name(inspect.signature(m.forward).parameters) for m in (model, base))
 
 

@@ -1,38 +1,50 @@
 """Classification of texts: one label of several, or with multi_label any number of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
 from fastft.finetune.reading import column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 TEXT, LABEL = "text", "label"
 BEST = "f1_macro"
 
 
-def names(rows, config, known: Sequence[str] | None = None) -> list[str]:
+def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> list[str]:
     """The classes in rows, in the order of known where that has them all, else sorted.
 
     Raises: UserError for rows without a label, and where there is nothing to tell apart.
     """
-    where = column(rows, config.label_column or LABEL)
-    found = {name for row in _labels(rows, where, config.multi_label) for name in row}
-    if not config.multi_label and len(found) < 2:
+    found = labels_in(rows, config)
+    if not config.multi_label and len(found) < 2 and not (known and config.continues):
         raise UserError(f"every row has the label {found.pop()!r}: there is nothing to tell apart")
     if not found:
-        raise UserError(f"no row has any label under {where!r}")
+        raise UserError(f"no row has any label under {config.label_column or LABEL!r}")
     if known is not None and found <= set(known):
         return list(known)
     return sorted(found, key=_order)
 
 
-def strata(rows, config) -> list[str] | None:
+def labels_in(rows: "Dataset", config: Any) -> set[str]:
+    """The classes in rows."""
+    where = column(rows, config.label_column or LABEL)
+    return {name for row in _labels(rows, where, config.multi_label) for name in row}
+
+
+def strata(rows: "Dataset", config: Any) -> list[str] | None:
     """What a split has to keep the shares of; None for several labels per text."""
     if config.multi_label:
         return None
     return [label for (label,) in _labels(rows, column(rows, config.label_column or LABEL), False)]
 
 
-def encode(rows, tokenizer, config, names: Sequence[str]):
+def encode(
+    rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", config: Any, names: Sequence[str]
+) -> "Dataset":
     """A Dataset of input_ids, attention_mask and labels: an int, or 0.0 and 1.0 for every class.
 
     Raises: UserError for a missing column, a text that is none, and a label that is not in names.
@@ -52,8 +64,11 @@ def encode(rows, tokenizer, config, names: Sequence[str]):
         if not isinstance(text, str):
             raise UserError(f"row {number}: expected a text to classify, got {text!r}")
 
-    def tokenize(batch):
-        return tokenizer(batch["text"], truncation=True, max_length=config.max_length)
+    def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = tokenizer(
+            batch["text"], truncation=True, max_length=config.max_length
+        )
+        return out
 
     from datasets import Dataset
 
@@ -66,19 +81,19 @@ def encode(rows, tokenizer, config, names: Sequence[str]):
     return encoded.add_column("labels", labels)
 
 
-def collator(tokenizer, config) -> Callable:
+def collator(tokenizer: "PreTrainedTokenizerBase", config: Any) -> Callable[..., Any]:
     from transformers import DataCollatorWithPadding
 
     return DataCollatorWithPadding(tokenizer)
 
 
-def metrics(names: Sequence[str], config) -> Callable:
+def metrics(names: Sequence[str], config: Any) -> Callable[..., Any]:
     """(logits (n, classes), labels) -> what fastft.finetune.metrics gives."""
     import torch
 
     from fastft.finetune import metrics
 
-    def compute(logits, labels) -> dict:
+    def compute(logits: Any, labels: Any) -> dict[str, Any]:
         logits = torch.from_numpy(logits).double()
         if config.multi_label:
             return metrics.multi_label(labels, logits.sigmoid().numpy(), names)
@@ -87,7 +102,7 @@ def metrics(names: Sequence[str], config) -> Callable:
     return compute
 
 
-def _labels(rows, where: str, several: bool):
+def _labels(rows: "Dataset", where: str, several: bool) -> Iterator[list[str]]:
     """The labels of each row as a list of names."""
     feature = rows.features[where]
     text_of = getattr(feature, "int2str", str)
@@ -110,6 +125,6 @@ def _labels(rows, where: str, several: bool):
             yield [text_of(value)]
 
 
-def _order(name: str) -> tuple:
+def _order(name: str) -> tuple[Any, ...]:
     """Numbers by their value, before words."""
     return (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name)

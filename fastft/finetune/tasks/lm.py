@@ -1,10 +1,15 @@
 """Language modelling: every token of plain texts, laid end to end in rows of one length."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
 from fastft.finetune.data import pad_id
 from fastft.finetune.reading import column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 TEXT, LABEL = "text", None
 BEST = "loss"
@@ -12,15 +17,15 @@ BEST = "loss"
 END = "ends"
 
 
-def names(rows, config, known: Sequence[str] | None = None) -> None:
+def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> None:
     return None
 
 
-def strata(rows, config) -> None:
+def strata(rows: "Dataset", config: Any) -> None:
     return None
 
 
-def lines(rows):
+def lines(rows: "Dataset") -> "Dataset":
     """Rows of a text file's lines as one text: a newline after each, an end after the last."""
     from datasets import Dataset
 
@@ -28,7 +33,12 @@ def lines(rows):
     return Dataset.from_dict({"text": texts, END: [False] * (len(texts) - 1) + [True]})
 
 
-def encode(rows, tokenizer, config, names=None):
+def encode(
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: Any,
+    names: Sequence[str] | None = None,
+) -> "Dataset":
     """A Dataset of input_ids and labels, in rows of max_length unless packing is off.
 
     Raises: UserError for a missing column, and for data without a single token to predict.
@@ -43,7 +53,7 @@ def encode(rows, tokenizer, config, names=None):
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     packed = config.packing is not False
 
-    def tokenize(batch):
+    def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         found = tokenizer(batch["text"], add_special_tokens=not packed)["input_ids"]
         both = zip(found, batch[END], strict=True)
         ids = [row + end if last and row[-1:] != end else row for row, last in both]
@@ -60,7 +70,7 @@ def encode(rows, tokenizer, config, names=None):
     return encoded.add_column("labels", encoded["input_ids"][:])
 
 
-def _wrapped(encoded, length: int):
+def _wrapped(encoded: Any, length: int) -> "Dataset":
     from itertools import chain
 
     from datasets import Dataset
@@ -71,7 +81,7 @@ def _wrapped(encoded, length: int):
     )
 
 
-def collator(tokenizer, config) -> Callable:
+def collator(tokenizer: "PreTrainedTokenizerBase", config: Any) -> Callable[..., Any]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_id(tokenizer))

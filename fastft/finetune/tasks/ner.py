@@ -1,21 +1,24 @@
 """Named entities: a tag for every word, learned at the word's first token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
 from fastft.finetune.data import IGNORED
 from fastft.finetune.reading import column
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
 TEXT, LABEL = "tokens", "tags"
 BEST = "f1_micro"
 
 
-def names(rows, config, known: Sequence[str] | None = None) -> list[str]:
+def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> list[str]:
     """The tags in rows, O first, in the order of known where that has them all."""
-    found = {
-        tag for tags in _tags(rows, column(rows, config.label_column or LABEL)) for tag in tags
-    }
-    if len(found) < 2:
+    found = labels_in(rows, config)
+    if len(found) < 2 and not (known and config.continues):
         raise UserError(
             f"every word has the tag {', '.join(found)!r}: there is nothing to tell apart"
         )
@@ -24,11 +27,19 @@ def names(rows, config, known: Sequence[str] | None = None) -> list[str]:
     return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2], tag))
 
 
-def strata(rows, config) -> None:
+def labels_in(rows: "Dataset", config: Any) -> set[str]:
+    """The tags in rows."""
+    where = column(rows, config.label_column or LABEL)
+    return {tag for tags in _tags(rows, where) for tag in tags}
+
+
+def strata(rows: "Dataset", config: Any) -> None:
     return None
 
 
-def encode(rows, tokenizer, config, names: Sequence[str]):
+def encode(
+    rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", config: Any, names: Sequence[str]
+) -> "Dataset":
     """A Dataset of input_ids, attention_mask and labels, IGNORED after a word's first token.
 
     Raises: UserError for a missing column, rows of unequal length, and a tag that is not in names.
@@ -48,7 +59,7 @@ def encode(rows, tokenizer, config, names: Sequence[str]):
                 listed = ", ".join(names)
                 raise UserError(f"row {number}: the tag {tag!r} is not one of {listed}")
 
-    def tokenize(batch):
+    def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer(
             batch["words"],
             is_split_into_words=True,
@@ -59,7 +70,8 @@ def encode(rows, tokenizer, config, names: Sequence[str]):
             align(encoded.word_ids(i), [ids[tag] for tag in own])
             for i, own in enumerate(batch["tags"])
         ]
-        return encoded
+        out: dict[str, Any] = encoded
+        return out
 
     from datasets import Dataset
 
@@ -76,22 +88,22 @@ def align(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
     ]
 
 
-def collator(tokenizer, config) -> Callable:
+def collator(tokenizer: "PreTrainedTokenizerBase", config: Any) -> Callable[..., Any]:
     from transformers import DataCollatorForTokenClassification
 
     return DataCollatorForTokenClassification(tokenizer)
 
 
-def reduce(logits, labels):
+def reduce(logits: Any, labels: Any) -> Any:
     """What an evaluation keeps of the logits, (batch, tokens, tags): the likeliest tag."""
     return logits.argmax(-1)
 
 
-def metrics(names: Sequence[str], config) -> Callable:
+def metrics(names: Sequence[str], config: Any) -> Callable[..., Any]:
     """(tags (n, tokens), labels (n, tokens)) -> what fastft.finetune.metrics gives."""
     from fastft.finetune import metrics
 
-    def compute(predicted, labels) -> dict:
+    def compute(predicted: Any, labels: Any) -> dict[str, Any]:
         kept = labels != IGNORED  # a word that was cut off has no label either
         true, found = (
             [[names[tag] for tag in row[mask]] for row, mask in zip(tags, kept, strict=True)]
@@ -102,7 +114,7 @@ def metrics(names: Sequence[str], config) -> Callable:
     return compute
 
 
-def _tags(rows, where: str):
+def _tags(rows: "Dataset", where: str) -> Iterator[list[str]]:
     feature = getattr(rows.features[where], "feature", None)
     text_of = getattr(feature, "int2str", str)
     for number, tags in enumerate(rows[where]):

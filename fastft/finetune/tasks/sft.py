@@ -5,9 +5,14 @@ never run, and its loss cannot be replaced. Its packing and its collator are wha
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
 from fastft.finetune.data import IGNORED, pad_id
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 TEXT, LABEL = None, None
 BEST = "loss"
@@ -22,15 +27,15 @@ TEMPLATE = (
 )
 
 
-def names(rows, config, known: Sequence[str] | None = None) -> None:
+def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> None:
     return None
 
 
-def strata(rows, config) -> None:
+def strata(rows: "Dataset", config: Any) -> None:
     return None
 
 
-def packs(config) -> bool:
+def packs(config: Any) -> bool:
     """Whether rows hold several texts; UserError where that was asked for and cannot be."""
     from fastft.finetune import methods
 
@@ -40,7 +45,12 @@ def packs(config) -> bool:
     return config.packing is not False and reason is None
 
 
-def encode(rows, tokenizer, config, names=None):
+def encode(
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: Any,
+    names: Sequence[str] | None = None,
+) -> "Dataset":
     """A Dataset of input_ids and labels; packed rows have seq_lengths.
 
     rows may be of any format of conversations that fastft.finetune.formats knows.
@@ -51,7 +61,7 @@ def encode(rows, tokenizer, config, names=None):
     from fastft.finetune import formats
 
     chats = formats.convert(rows, "messages")["messages"]
-    held = {"input_ids": [], "labels": []}
+    held: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for number, messages in enumerate(chats):
         try:
             ids, labels = tokenize(messages, tokenizer, config.learn)
@@ -66,13 +76,15 @@ def encode(rows, tokenizer, config, names=None):
         )
     encoded = Dataset.from_dict(held)
     if packs(config):
-        from trl import pack_dataset
+        from trl.data_utils import pack_dataset
 
         encoded = pack_dataset(encoded, config.max_length, "bfd")
     return encoded
 
 
-def tokenize(messages: list[dict], tokenizer, learn: str) -> tuple[list[int], list[int]]:
+def tokenize(
+    messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", learn: str
+) -> tuple[list[int], list[int]]:
     """ids and labels of one conversation.
 
     learn: "completion" labels the last answer, "assistant" every answer, "all" every token. An
@@ -82,13 +94,15 @@ def tokenize(messages: list[dict], tokenizer, learn: str) -> tuple[list[int], li
     _check(messages, learn)
     render = _renderer(tokenizer)
     whole = render(messages)
+    ids: list[int] = []
+    labels: list[int] = []
     if learn == "all":
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
         return ids, list(ids)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if learn == "completion":
         answers = answers[-1:]
-    ids, labels, done = [], [], ""
+    done = ""
 
     def add(text: str, learned: bool) -> None:
         own = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -112,15 +126,17 @@ def tokenize(messages: list[dict], tokenizer, learn: str) -> tuple[list[int], li
     return ids, labels
 
 
-def _renderer(tokenizer) -> Callable:
+def _renderer(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Any]:
     template = tokenizer.chat_template or TEMPLATE
 
-    def render(messages, **options) -> str:
+    def render(messages: list[dict[str, Any]], **options: Any) -> str:
         from jinja2 import TemplateError
 
         try:
-            return tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, **options
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, **options
+                )
             )
         except TemplateError as error:
             raise UserError(f"the chat template does not take it: {error}") from None
@@ -128,7 +144,7 @@ def _renderer(tokenizer) -> Callable:
     return render
 
 
-def _check(messages, learn: str) -> None:
+def _check(messages: list[dict[str, Any]], learn: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"expected a list of messages, got {messages!r}")
     for message in messages:
@@ -140,7 +156,7 @@ def _check(messages, learn: str) -> None:
         raise UserError("no message of the assistant: nothing to learn")
 
 
-def collator(tokenizer, config) -> Callable:
+def collator(tokenizer: "PreTrainedTokenizerBase", config: Any) -> Callable[..., Any]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     return DataCollatorForLanguageModeling(pad_id(tokenizer), padding_free=packs(config))
