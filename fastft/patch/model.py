@@ -283,6 +283,7 @@ class _Patcher:
         before = config._attn_implementation
         attending = [c for c in module.modules() if _attends(c) and c.config is config]
         if before != attention.NAME and not attending:
+            self.report.leave(module, "attention kept: none in it is chosen by its configuration")
             return []
         if before != attention.NAME and len(attending) < self.sharing[id(config)]:
             self.report.leave(
