@@ -283,7 +283,8 @@ class _Patcher:
         before = config._attn_implementation
         attending = [c for c in module.modules() if _attends(c) and c.config is config]
         if before != attention.NAME and not attending:
-            self.report.leave(module, "attention kept: none in it is chosen by its configuration")
+            if not any(_attends(child) for child in module.modules()):  # else a part has its own
+                self.report.leave(module, "attention kept: the class has one of its own")
             return []
         if before != attention.NAME and len(attending) < self.sharing[id(config)]:
             self.report.leave(
