@@ -18,7 +18,8 @@ SPARE = 64  # slots that growing adds at least
 
 
 class KVLayer(CacheLayerMixin):
-    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim)."""
+    """Keys and values of one layer: (batch, kv_heads, capacity, head_dim), values perhaps narrower
+    as in multi-head latent attention."""
 
     is_sliding = False
     is_croppable = True
@@ -31,11 +32,18 @@ class KVLayer(CacheLayerMixin):
         self.used = 0  # slots that `update` has filled
 
     def allocate(
-        self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        values: int = 0,
     ) -> None:
-        shape = (batch, heads, self.owner.capacity, dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        """values: their head dimension, if it is another than that of the keys."""
+        shape = (batch, heads, self.owner.capacity)
+        self.keys = torch.empty(*shape, dim, dtype=dtype, device=device)
+        self.values = torch.empty(*shape, values or dim, dtype=dtype, device=device)
         self.dtype, self.device, self.is_initialized = dtype, device, True
 
     def grow(self) -> None:
@@ -50,10 +58,9 @@ class KVLayer(CacheLayerMixin):
     # ---- what transformers asks of a layer: rows of the same length --------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if key_states.shape[-1] != value_states.shape[-1]:
-            raise ValueError("KVCache: expected keys and values of one head dimension")
         batch, heads, _, dim = key_states.shape
-        self.allocate(batch, heads, dim, key_states.dtype, key_states.device)
+        values = value_states.shape[-1]
+        self.allocate(batch, heads, dim, key_states.dtype, key_states.device, values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

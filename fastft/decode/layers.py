@@ -294,7 +294,7 @@ def _gpt2_layer(block: ForeignModule, how: Reading) -> DecoderLayer:
     )  # fmt: skip
 
 
-def _dropout(model: nn.Module) -> bool:
+def draws_dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if module.training:
             rate = module.p if isinstance(module, nn.Dropout) else None
@@ -309,11 +309,18 @@ def read(model: ForeignModule, how: Reading = Reading(), dropout: bool = False) 
 
     Raises: Unfit that says why this model takes another path.
     """
+    try:
+        return _read(model, how, dropout)
+    except AttributeError as error:  # a class that has the parts under other names
+        raise Unfit(f"{type(model).__name__} is made otherwise: {error}") from error
+
+
+def _read(model: ForeignModule, how: Reading, dropout: bool) -> FusedModel:
     base = getattr(model, "model", None) or getattr(model, "transformer", None)
     head = model.get_output_embeddings()
     if base is None or head is None:
         raise Unfit(f"{type(model).__name__} is no causal language model that is known")
-    if not dropout and _dropout(model):
+    if not dropout and draws_dropout(model):
         raise Unfit("the model is in training mode with dropout: call model.eval()")
     for module in (model, base):
         if module._forward_hooks or module._forward_pre_hooks:

@@ -7,13 +7,14 @@ is masked. So a batch may be ragged, and a single row is rolled back without a t
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import cache_name
-from fastft.decode.layers import Unfit
+from fastft.decode.layers import Unfit, draws_dropout
 from fastft.foreign import ForeignModule
 
 
@@ -42,6 +43,12 @@ class ModuleCache:
             self.slots.crop(used)
 
 
+# Other names of what `sliding_window` is; too wide for the few tokens of a trial.
+_WINDOWS = ("window_size", "attention_window_size", "attention_chunk_size")
+
+_confirmed: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
 class ModuleStep:
     """A row's tokens agree with the model's own up to ties: widths and masks change roundings."""
 
@@ -60,12 +67,49 @@ class ModuleStep:
             getattr(config, "layer_types", None) or ["sliding_attention"]
         ) != {"full_attention"}:
             raise Unfit("a sliding window, in which masked slots would count")
+        if any(getattr(config, name, None) for name in _WINDOWS):
+            raise Unfit("attention to parts of a row, in which masked slots would count")
         self.model, self.device = model, model.device
         self.layers = config.num_hidden_layers
         self.takes_positions = "position_ids" in taken
         self.keeps_logits = "logits_to_keep" in taken
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self.most_positions = None
+        if draws_dropout(model):
+            raise Unfit("the model is in training mode with dropout: call model.eval()")
+        self._confirm()
+
+    @torch.no_grad()
+    def _confirm(self) -> None:
+        """Raises Unfit unless a ragged batch that is rolled back goes on as each row would alone.
+
+        Asked once per model. A state beside the cache shows here, and positions that do not follow
+        the mask.
+        """
+        model = self.model
+        parts = tuple(type(module) for module in model.modules())
+        if _confirmed.get(model) == parts:
+            return
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocabulary, (2, 9), generator=generator)
+        first, second = ids.tolist()
+        try:
+            cache = self.new_cache(2, 9)
+            self(cache, [first[:5], second[:2]])
+            self(cache, [first[5:8], second[4:7]], keep=3)  # of which the second takes nothing
+            cache.roll_back(0, 7)
+            cache.roll_back(1, 2)
+            ours = self(cache, [first[7:9], second[2:3]], keep=2)
+            alone = (torch.tensor([row], device=self.device) for row in (first, second[:3]))
+            states = [model(input_ids=row, use_cache=False).logits[0].float() for row in alone]
+        except Exception as error:  # the forward of an unknown architecture
+            raise Unfit(f"its modules cannot be tried: {type(error).__name__}: {error}") from error
+        theirs = torch.cat((states[0][-2:], states[1][-1:]))
+        gap = float((ours - theirs).norm() / theirs.norm())
+        limit = 1e-3 if next(model.parameters()).dtype is torch.float32 else 0.1
+        if not gap <= limit:
+            raise Unfit(f"its rows, padded and rolled back, differ from each alone (by {gap:.2g})")
+        _confirmed[model] = parts
 
     def new_cache(self, rows: int, capacity: int) -> ModuleCache:
         return ModuleCache(self.layers, rows, capacity, self.device)

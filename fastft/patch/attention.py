@@ -67,7 +67,7 @@ def attention_forward(
     asked = kwargs.get("output_attentions") or (call is not None and call.weights)
     weights = asked and ours == "eager"
     batch, heads, length, head_dim = query.shape
-    same = key.shape[2] == length
+    same = key.shape[2] == length and value.shape[3] <= head_dim
     if ours and not extras and not weights and same and length > 1:
         if cu_seqlens is None and attention_mask is None:
             cu_seqlens = torch.arange(
@@ -79,12 +79,13 @@ def attention_forward(
             window = kwargs.get("sliding_window")
             if window is not None and not causal:
                 window -= 1  # modules speak flash attention's language: distances below the window
+            narrower = head_dim - value.shape[3]  # as in multi-head latent attention
             out = attention(
-                _rows(query), _rows(key), _rows(value), cu_seqlens,
-                causal=causal, scale=scaling, dropout=dropout,
+                _rows(query), _rows(key), _rows(nn.functional.pad(value, (0, narrower))),
+                cu_seqlens, causal=causal, scale=scaling, dropout=dropout,
                 window=window, softcap=kwargs.get("softcap"),
             )  # fmt: skip
-            return out.view(batch, length, heads, head_dim), None
+            return out.view(batch, length, heads, head_dim)[..., : value.shape[3]], None
     if kwargs.get("softcap") is not None or weights:
         return _dense(query, key, value, attention_mask, causal, dropout, scaling, kwargs)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -123,9 +124,10 @@ def _dense(
         )
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
+            # Added as in eager attention: a query that sees no key has gradients there, not zeros.
+            lowest = torch.finfo(scores.dtype).min
+            attention_mask = torch.where(attention_mask, scores.new_zeros(()), lowest)
+        scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     dropped = nn.functional.dropout(weights, dropout)
     return (dropped @ value).transpose(1, 2).contiguous(), weights

@@ -20,12 +20,14 @@ from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
 from fastft.patch import packing as packings
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, stand_in, undisturbed
+from fastft.patch.labels import IGNORED, count_padding, targets
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.lora import as_lora_linear
 from fastft.patch.packing import Packing
 from fastft.patch.swap import is_hooked, original_forward, swap_of
 
 _FIELDS = {"loss", "logits", *NAMES, "hidden_states", "attentions", "cross_attentions"}
+_FIELDS |= {"router_logits", "aux_loss"}  # of mixtures of experts, where they are asked for
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,6 @@ def _head(module: ForeignModule, options: CausalLm) -> Head | None:
     return Head(linear.weight, linear.bias, lora, options.logit_scale)
 
 
-def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
-    """(batch, length): the label that each place predicts."""
-    if shift_labels is not None:
-        return shift_labels
-    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-
-
 def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return original_forward(module)(*args, **kwargs)
@@ -107,8 +102,10 @@ def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
         or _loss_name(module) != "ForCausalLMLoss"
         or not _keeps_all(arguments.get("logits_to_keep", 0))
         or wants_tuple
+        or padding.asks(arguments, module.config, "output_router_logits")  # a loss beside this one
     ):
-        return original_forward(module)(*args, **kwargs)
+        with packings.kept() if count_padding(arguments) else nullcontext():
+            return original_forward(module)(*args, **kwargs)
     return _forward(module, head, arguments)
 
 
@@ -118,29 +115,31 @@ def _keeps_all(logits_to_keep: int | Tensor) -> bool:
 
 def _forward(module: ForeignModule, head: Head, arguments: dict[str, Any]) -> Any:
     options, base = module._fastft_swap.options, _base(module)
-    arguments = dict(arguments)
+    given, arguments = arguments, dict(arguments)
     labels = arguments.pop("labels")
     arguments.pop("logits_to_keep", None)
     num_items = arguments.pop("num_items_in_batch", None)
     shift_labels = arguments.pop("shift_labels", None)
-    ignore_index = arguments.pop("ignore_index", -100)
-    targets = _targets(labels, shift_labels, ignore_index)
+    ignore_index = arguments.pop("ignore_index", IGNORED)
+    predicted = targets(labels, shift_labels, ignore_index)
     packing: Packing | None = None
     run: AbstractContextManager[None] = nullcontext()
     record = swap_of(base)
     if record is not None and record.active:  # confirmed to take packed rows
         packing = padding.packing_for(base, arguments, keeps_cache=False)
-    if packing is not None and _predicts_from_padding(packing, targets, ignore_index):
+    if packing is not None and _predicts_from_padding(packing, predicted, ignore_index):
         packing, run = None, packings.kept()
+    elif packing is None and count_padding(given):  # a model inside the base may leave its own out
+        run = packings.kept()
     if packing is not None:
         outputs = base(**padding.pack_arguments(packing, arguments))
-        hidden, kept = outputs[0][0], targets.flatten()[packing.places.to(targets.device)]
+        hidden, kept = outputs[0][0], predicted.flatten()[packing.places.to(predicted.device)]
     else:
         if module.training and "use_cache" not in arguments and not _needs_cache(module, arguments):
             arguments["use_cache"] = False
         with run:
             outputs = base(**arguments)
-        hidden, kept = outputs[0].flatten(0, 1), targets.flatten()
+        hidden, kept = outputs[0].flatten(0, 1), predicted.flatten()
     loss = linear_cross_entropy(
         hidden, head, kept.to(hidden.device),
         num_items=num_items, ignore_index=ignore_index, softcap=options.softcap,
@@ -156,7 +155,7 @@ def _forward(module: ForeignModule, head: Head, arguments: dict[str, Any]) -> An
         return out
 
     lazy = LazyLogits(
-        logits, (*targets.shape, head.weight.shape[0]),
+        logits, (*predicted.shape, head.weight.shape[0]),
         autocast_dtype(hidden.device) or hidden.dtype, hidden.device, loss.requires_grad,
         [outputs[0], *module.get_output_embeddings().parameters()],
     )  # fmt: skip
@@ -173,9 +172,9 @@ def _needs_cache(module: nn.Module, arguments: dict[str, Any]) -> bool:
     )
 
 
-def _predicts_from_padding(packing: Packing, targets: Tensor, ignore_index: int) -> bool:
+def _predicts_from_padding(packing: Packing, predicted: Tensor, ignore_index: int) -> bool:
     """A label that a padded place predicts counts in the model's own loss: it must be computed."""
-    labelled = targets.flatten() != ignore_index
+    labelled = predicted.flatten() != ignore_index
     labelled[packing.places.to(labelled.device)] = False
     return bool(labelled.any())
 
@@ -190,12 +189,16 @@ class _Stub(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+        output.router_logits = None
+        return output
 
 
 def recognise(module: ForeignModule) -> CausalLm:
     """Tries the class's forward on large random hidden states with a small head; Unlike if none."""
-    config = module.config
+    config = module.config.get_text_config(decoder=True)  # of one with images, that of its decoder
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise Unlike("head and loss kept: its configuration names no vocabulary")
     caps = {None, getattr(config, "final_logit_softcapping", None)}
     scales = {1.0}
     for value in (getattr(module, "logit_scale", None), getattr(config, "logit_scale", None)):
@@ -205,7 +208,7 @@ def recognise(module: ForeignModule) -> CausalLm:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 3, 8, generator=generator)
     labels = torch.randint(0, config.vocab_size, (2, 3), generator=generator)
-    labels[0, 1] = -100
+    labels[0, 1] = IGNORED
     weight = torch.randn(config.vocab_size, 8, generator=generator) * 5
     head_name = next(
         (n for n, m in module.named_children() if m is module.get_output_embeddings()), None
@@ -236,7 +239,7 @@ def recognise(module: ForeignModule) -> CausalLm:
                 ours = hidden.clone().requires_grad_()
                 loss = linear_cross_entropy(
                     ours.flatten(0, 1), Head(weight, None, None, scale),
-                    _targets(labels, None, -100).flatten(), softcap=softcap,
+                    targets(labels, None).flatten(), softcap=softcap,
                 )  # fmt: skip
                 (grad,) = torch.autograd.grad(loss, ours)
                 gap = max(relative(loss, output.loss), relative(grad, wanted))

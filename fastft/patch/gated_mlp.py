@@ -36,7 +36,14 @@ def is_candidate(module: nn.Module) -> bool:
     return linear and (names >= set(_SEPARATE) or names >= set(_JOINT)) and not module._parameters
 
 
-def forward(module: ForeignModule, x: Tensor) -> Tensor:
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Tensor:
+    if len(args) != 1 or kwargs:  # the number of a layer for instance: not confirmed
+        out: Tensor = original_forward(module)(*args, **kwargs)
+        return out
+    return _forward(module, args[0])
+
+
+def _forward(module: ForeignModule, x: Tensor) -> Tensor:
     options = module._fastft_swap.options
     # The products call their modules; the activation's would be left out.
     if any(is_hooked(c) for n, c in module._modules.items() if not n.endswith("_proj")):

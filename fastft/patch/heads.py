@@ -23,11 +23,10 @@ from fastft.foreign import ForeignModule
 from fastft.ops.cross_entropy import cross_entropy
 from fastft.patch import padding
 from fastft.patch.confirm import TOLERANCE, Unlike, relative, undisturbed
+from fastft.patch.labels import IGNORED
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.packing import Selection, during, kept
 from fastft.patch.swap import is_hooked, original_forward, swap_of, switched_off
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,11 @@ def _labels_padding(module: ForeignModule, labels: Tensor, arguments: dict[str, 
         return False
     if mask.shape != labels.shape:
         return False
-    found = bool(((labels != _IGNORED) & (mask == 0).to(labels.device)).any())
+    found = bool(((labels != IGNORED) & (mask == 0).to(labels.device)).any())
     if found:
         warnings.warn(
             "labels at padded places: they count in the loss, so fastft computes the padding too; "
-            f"{_IGNORED} as their label leaves them out, which is faster and usually what is meant",
+            f"{IGNORED} as their label leaves them out, which is faster and usually what is meant",
             stacklevel=3,
         )
     return found
@@ -141,7 +140,7 @@ def _over_items(output: Any, labels: Tensor, num_items: Tensor | int | None) -> 
     """The mean over a batch's items turned into its share of the mean over num_items."""
     if num_items is None:
         return output
-    own = (labels != _IGNORED).sum()
+    own = (labels != IGNORED).sum()
     if isinstance(output, tuple):
         return (output[0] * (own / num_items), *output[1:])
     output.loss = output.loss * (own / num_items)
@@ -164,7 +163,7 @@ def _selects(module: ForeignModule, labels: Tensor) -> bool:
 def _forward_selected(
     module: nn.Module, arguments: dict[str, Any], labels: Tensor, num_items: Tensor | int | None
 ) -> Any:
-    chosen = (labels != _IGNORED).flatten().nonzero().flatten()
+    chosen = (labels != IGNORED).flatten().nonzero().flatten()
     selection, own = Selection(base_of(module), chosen), original_forward(module)
     with during(selection=selection):
         output = own(**arguments)
@@ -200,13 +199,14 @@ def recognise(module: ForeignModule) -> Loss:
         raise Unlike("loss kept: it takes no labels")
     config = module.config
     before = {k: getattr(config, k, None) for k in ("problem_type", "pad_token_id")}
+    held = set(vars(config))
     try:
         if before["pad_token_id"] is None:
             config.pad_token_id = 0
         with undisturbed(), torch.no_grad(), padding.evaluating(module), switched_off(module):
             found = replace(_recognise(module), takes_cache="use_cache" in parameters)
         with undisturbed(), torch.no_grad(), padding.evaluating(module):
-            if swap_of(base_of(module)) is None or not _reads_padding(module):
+            if swap_of(base_of(module)) is None or not reads_padding(module):
                 return found
         told = f"{found.remark}; padding kept: it reads padded places"
         return replace(found, reads_padding=True, remark=told)
@@ -216,7 +216,9 @@ def recognise(module: ForeignModule) -> Loss:
         raise Unlike(f"loss kept: {type(error).__name__}: {error}") from error
     finally:
         for name, value in before.items():
-            if hasattr(config, name):
+            if name not in held:
+                vars(config).pop(name, None)
+            elif hasattr(config, name):
                 setattr(config, name, value)
 
 
@@ -241,7 +243,7 @@ def _recognise(module: ForeignModule) -> Loss:
     if classes > 1:
         labels = numbers(classes, *logits.shape[:-1])
         if per_token:
-            labels[0, 1:4] = _IGNORED
+            labels[0, 1:4] = IGNORED
         asked = getattr(config, "problem_type", None)
         if asked in (None, "single_label_classification"):
             loss = own(module, input_ids=ids, labels=labels).loss
@@ -260,7 +262,7 @@ def _recognise(module: ForeignModule) -> Loss:
     return Loss(False)
 
 
-def _reads_padding(module: ForeignModule) -> bool:
+def reads_padding(module: ForeignModule) -> bool:
     """Whether the head's scores change where padding is left out."""
     weight = module.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(1)

@@ -1,6 +1,7 @@
 """patch and unpatch: walks a model, swaps what is recognised and confirmed, reports all of it."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,11 +121,14 @@ class _Patcher:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.known: dict[tuple[Any, ...], Any] = {}
+        # By configuration: how many modules attend by its word.
+        self.sharing: Counter[int] = Counter()
 
     def run(self, model: nn.Module) -> None:
-        from fastft.patch import causal_lm, gated_mlp, heads, linear, lora, norm
+        from fastft.patch import causal_lm, gated_mlp, heads, linear, lora, norm, own_head
 
         modules = list(model.modules())
+        self.sharing.update(id(m.config) for m in modules if _attends(m))
         # The linears of a LoRA layer are its own to call.
         parts = {part for m in modules if _is_lora(m) for part in m.modules()}
         for module in modules:
@@ -148,6 +152,10 @@ class _Patcher:
                 )
             elif heads.is_candidate(module):
                 self.try_swap(module, "cross_entropy", heads, heads.served_by)
+            elif not own_head.is_candidate(module):
+                continue
+            if swap_of(module) is None and _untouchable(module) is None:
+                own_head.guard(module)
 
     def swap_generate(self, model: nn.Module, kind: str | None) -> None:
         """The model's own `generate`, and the weights it reads."""
@@ -182,8 +190,9 @@ class _Patcher:
         record = swap_of(module)
         if record is not None:
             record.active = True
-            self.report.add(module, operator, raw(record.options), _remark(record.options))
-            return
+            if record.operator == operator:
+                self.report.add(module, operator, raw(record.options), _remark(record.options))
+                return
         reason = _untouchable(module)
         if reason is None:
             try:
@@ -193,6 +202,7 @@ class _Patcher:
         if reason is not None:
             self.report.leave(module, reason)
             return
+        undo(module)  # of an earlier call that did not recognise it
         swap(module, operator, room.forward, options)
         self.report.add(module, operator, raw(options), _remark(options))
 
@@ -271,6 +281,16 @@ class _Patcher:
 
         config = module.config
         before = config._attn_implementation
+        attending = [c for c in module.modules() if _attends(c) and c.config is config]
+        if before != attention.NAME and not attending:
+            if not any(_attends(child) for child in module.modules()):  # else a part has its own
+                self.report.leave(module, "attention kept: the class has one of its own")
+            return []
+        if before != attention.NAME and len(attending) < self.sharing[id(config)]:
+            self.report.leave(
+                module, "attention kept: it is set together with another that is kept"
+            )
+            return []
         if before not in ("sdpa", "eager", attention.NAME):
             self.report.leave(module, f"attention kept: {before} was asked for")
             return []
@@ -278,16 +298,17 @@ class _Patcher:
             self.report.leave(module, "attention kept: the class has one of its own")
             return []
         attention.register()
-        attending = []
-        for child in module.modules():
-            if getattr(child, "config", None) is config and hasattr(child, "is_causal"):
-                if before != attention.NAME or not hasattr(child, "_fastft_attention"):
-                    child._fastft_attention = before
-                attending.append(child)
+        for child in attending:
+            if before != attention.NAME or not hasattr(child, "_fastft_attention"):
+                child._fastft_attention = before
         if before != attention.NAME:
             module._fastft_attention_before = before
             config._attn_implementation_internal = attention.NAME
         return attending
+
+
+def _attends(module: nn.Module) -> bool:
+    return hasattr(module, "is_causal") and hasattr(module, "config")
 
 
 def _remark(options: Any) -> str:

@@ -31,7 +31,14 @@ def _compute(options: Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return rms_norm(x, weight, options.eps, offset=options.offset)
 
 
-def forward(module: ForeignModule, x: Tensor) -> Tensor:
+def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Tensor:
+    if len(args) != 1 or kwargs:  # a gate for instance, as Mamba's norms take: not confirmed
+        out: Tensor = original_forward(module)(*args, **kwargs)
+        return out
+    return _forward(module, args[0])
+
+
+def _forward(module: ForeignModule, x: Tensor) -> Tensor:
     options = module._fastft_swap.options
     weight = module.weight
     if (options.promotes and x.dtype != weight.dtype) or (

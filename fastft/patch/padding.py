@@ -9,7 +9,7 @@ place, whatever stands there.
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,11 @@ from fastft.patch.packing import (
     during,
     in_force,
     keeps_padding,
-    kept,
     take_selection,
 )
 from fastft.patch.recomputation import held
-from fastft.patch.swap import original_forward, swap, swap_of, switched_off, undo
+from fastft.patch.swap import original_forward, swap, swap_of, undo
+from fastft.patch.trial import Trial, windows_shortened
 
 _FIELDS = {"last_hidden_state", *NAMES, "hidden_states", "attentions", "cross_attentions"}
 _POOLED = _FIELDS | {"pooler_output"}
@@ -84,6 +84,7 @@ def packing_for(
         or arguments.get("cu_seq_lens_q") is not None
         or asks(arguments, config, "output_attentions")
         or asks(arguments, config, "output_hidden_states")
+        or asks(arguments, config, "output_router_logits")  # every place's, and a loss of them
         or any(
             isinstance(value, Tensor) and not _is_per_token(name, value, mask)
             for name, value in arguments.items()
@@ -244,67 +245,36 @@ def install(module: nn.Module) -> None:
         raise why from None
 
 
-def _confirm(module: nn.Module, fields: set[str]) -> None:
+def _confirm(module: ForeignModule, fields: set[str]) -> None:
     """Raises Unlike unless the base model gives packed rows what it gave padded ones before.
 
-    Runs the module itself, on a few tokens, without gradients. That no row sees another is held to
-    the bit: one row's output must not move when the other row's tokens change.
+    Runs the module itself, on a few tokens, without gradients. That no row sees another: one row's
+    output must not move when the other rows' tokens change, but for the rounding of products whose
+    size they decide, as with experts.
     """
-    try:
-        with undisturbed(), torch.no_grad(), evaluating(module), computing(module, "numbers"):
-            results = _try(module)
-    except Exception as error:  # an architecture may need arguments we do not know
-        raise Unlike(f"padding kept: {type(error).__name__}: {error}") from error
-    packing, wanted, padded, got, other = results
-    limit = 1e-4 if wanted.last_hidden_state.dtype == torch.float32 else 5e-2
-    worst = relative(*(packing.pack(o.last_hidden_state) for o in (padded, wanted)))
-    if not worst <= limit:
-        raise OtherAttention(f"attention kept: it computes something else ({worst:.2g})")
+    told = undisturbed(), torch.no_grad(), evaluating(module), computing(module, "numbers")
+    with ExitStack() as stack:
+        for each in (*told, windows_shortened(module)):
+            stack.enter_context(each)
+        try:
+            trial = Trial.of(module, module._fastft_swap.options.causal)
+            wanted, worst = trial.differs_in_attention(module, forward)
+        except Exception as error:  # an architecture may need arguments we do not know
+            raise OtherAttention(f"attention not tried: {type(error).__name__}: {error}") from error
+        limit = 1e-4 if wanted.last_hidden_state.dtype == torch.float32 else 5e-2
+        if not worst <= limit:
+            raise OtherAttention(f"attention kept: it computes something else ({worst:.2g})")
+        try:
+            got, other = (forward(module, **inputs) for inputs in (trial.first, trial.second))
+        except Exception as error:
+            raise Unlike(f"padding kept: {type(error).__name__}: {error}") from error
     if extra := set(got) - fields:
         raise Unlike(f"padding kept: {min(extra)} may read particular tokens of a row")
-    if not torch.equal(got.last_hidden_state[0], other.last_hidden_state[0]):
+    rounding = 1e-6 if wanted.last_hidden_state.dtype == torch.float32 else 0.0
+    if not relative(other.last_hidden_state[0], got.last_hidden_state[0]) <= rounding:
         raise Unlike("padding kept: rows laid end to end would see each other")
-    worst = relative(*(packing.pack(o.last_hidden_state) for o in (got, wanted)))
+    worst = trial.differ(got, wanted)
     if (pooled := wanted.get("pooler_output")) is not None:
         worst = max(worst, relative(got.pooler_output, pooled))
     if not worst <= limit:
         raise Unlike(f"padding kept: leaving it out changes the result ({worst:.2g})")
-
-
-def _try(module: ForeignModule) -> tuple[Any, ...]:
-    """A packing, and outputs: as before patching, patched, packed, packed with other tokens."""
-    weight = module.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-
-    causal = module._fastft_swap.options.causal
-    # Rows ending in padding, full, and with a gap; a causal model's also beginning with padding.
-    rows = [[1, 1, 1, 1, 1, 0, 0], [1] * 7, [1, 1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
-    if getattr(module.config, "sliding_window", None):
-        rows[2] = rows[1]  # a gap keeps the padding there
-    mask = torch.tensor(rows if causal else rows[:3], device=weight.device)
-    special = [v for k, v in module.config.to_dict().items() if k.endswith("_token_id")]
-    special = [v for v in special if isinstance(v, int) and 0 <= v < weight.shape[0]]
-
-    def tokens() -> Any:
-        ids = torch.randint(0, weight.shape[0], mask.shape, generator=generator)
-        ids[0, : len(special[:5])] = torch.tensor(special[:5], dtype=ids.dtype)
-        return ids.to(weight.device)
-
-    first, second = tokens(), tokens()
-    second[0] = first[0]
-    inputs = {"attention_mask": mask, "use_cache": False, "return_dict": True}
-    config, ours = module.config, module.config._attn_implementation
-    # Asked of the attention modules: a head above may share the configuration and came first.
-    before = (vars(child).get("_fastft_attention") for child in module.modules())
-    try:
-        config._attn_implementation_internal = next(filter(None, before), ours)
-        with switched_off(module):
-            wanted = type(module).forward(module, input_ids=first, **inputs)
-    finally:
-        config._attn_implementation_internal = ours
-    with kept():
-        padded = forward(module, input_ids=first, **inputs)
-    return (
-        Packing.of(mask), wanted, padded,
-        forward(module, input_ids=first, **inputs), forward(module, input_ids=second, **inputs),
-    )  # fmt: skip
