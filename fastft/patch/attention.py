@@ -150,9 +150,11 @@ def recognise(module: nn.Module) -> FunctionType:
     decorated = type(module).forward
     function = inspect.unwrap(decorated)
     original = function.__globals__[_ROTARY]
-    parameters = list(inspect.signature(original).parameters)
-    if parameters[:4] != ["q", "k", "cos", "sin"]:
+    parameters = inspect.signature(original).parameters
+    if list(parameters)[:4] != ["q", "k", "cos", "sin"]:
         raise Unlike(f"rotary embedding kept: it takes {', '.join(parameters)}")
+    if parameters["k"].default is not inspect.Parameter.empty:
+        raise Unlike("rotary embedding kept: it may be called without k")
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
     cos, sin = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))

@@ -142,3 +142,9 @@ def test_a_model_whose_configuration_holds_those_of_its_parts():
     """`patch` raised AttributeError: Gemma 3 with images names its vocabulary in `text_config`."""
     _, report = built("gemma3-causal")
     assert report.count("attention") == 4
+
+
+def test_rotary_embedding_of_queries_alone_is_kept():
+    _, report = built("qwen4_exp_text-causal")
+    assert "rotary embedding kept: it may be called without k" in reasons(report)
+    journey(CASES["qwen4_exp_text-causal"])
