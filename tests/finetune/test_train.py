@@ -100,13 +100,12 @@ def test_patched_and_not_are_the_same_run(config, tmp_path):
 def test_an_int8_base_trains_an_ordinary_adapter(config, tmp_path, task):
     seen = {}
     for kind in ("none", "int8"):
-        own = config(task, method="lora", learning_rate=1e-2, output=str(tmp_path / kind))
+        # At a larger rate roundings that fall the other way grow from step to step.
+        own = config(task, method="lora", learning_rate=3e-3, output=str(tmp_path / kind))
         result = train(replace(own, base_weights=kind))
         seen[kind] = losses(result.folder)
     assert seen["int8"] != seen["none"]
-    # Roundings that fall the other way grow from step to step at this rate.
-    assert seen["int8"][:6] == pytest.approx(seen["none"][:6], rel=0.03)
-    assert seen["int8"][-1] < 0.95 * seen["int8"][0]
+    assert seen["int8"] == pytest.approx(seen["none"], rel=0.03)
     assert "int8_linear" in (result.folder / "patch.txt").read_text()
     assert all("lora_" in name or "modules_to_save" in name or "classifier" in name
                or "pooler" in name for name in weights(result.folder))  # fmt: skip
