@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode import layers as reading
-from fastft.decode.acceptance import accept_sampled_rows
+from fastft.decode.acceptance import accept_sampled
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import own_name
 from fastft.decode.choice import Chooser
@@ -256,9 +256,7 @@ class Run:
             if n and drafts[rows[0]].q is not None:
                 q = torch.stack([drafts[row].q for row in rows])
             stacked = torch.stack([scores[row] for row in rows])
-            accepted, tokens = accept_sampled_rows(
-                stacked, draft.to(stacked.device), q, self.generator
-            )
+            accepted, tokens = accept_sampled(stacked, draft.to(stacked.device), q, self.generator)
             for row, a, token in zip(rows, accepted.tolist(), tokens.tolist(), strict=True):
                 if token < 0:
                     raise ValueError(f"scores: expected numbers and a finite maximum in row {row}")

@@ -106,10 +106,10 @@ def test_a_wrong_acceptance_would_be_seen(models, kind, monkeypatch):
 
     def wrong(scores, draft, q, generator):
         q = torch.full_like(scores[:, :-1], 0.5) if q is None else 0.5 * q
-        return acceptance.accept_sampled_rows(scores, draft, q, generator)
+        return acceptance.accept_sampled(scores, draft, q, generator)
 
     kwargs, processors = ASKED["temperature"]
-    monkeypatch.setattr(loop, "accept_sampled_rows", wrong)
+    monkeypatch.setattr(loop, "accept_sampled", wrong)
     assert deviation(draws(target, 2000, kwargs, drafts[kind]), exact(target, processors)) > 8
 
 
