@@ -5,13 +5,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastft.finetune import UserError, need
 from fastft.finetune.config import Config, option
-
-if TYPE_CHECKING:
-    pass
 
 # Name -> the question, and the answer that follows it in an example.
 TEMPLATES = {

@@ -273,17 +273,13 @@ def reads_padding(module: ForeignModule) -> bool:
     module.config.pad_token_id, before = 0, module.config.pad_token_id
     if module.__class__.__name__.endswith("MultipleChoice"):
         ids, mask = ids.view(2, 2, 7), mask.view(2, 2, 7)
-    extra = (
-        {"use_cache": False}
-        if "use_cache" in inspect.signature(type(module).forward).parameters
-        else {}
-    )
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "use_cache" in inspect.signature(type(module).forward).parameters:
+        given["use_cache"] = False
     try:
-        got = type(module).forward(module, input_ids=ids, attention_mask=mask, **extra).logits
+        got = type(module).forward(module, **given).logits
         with kept():
-            wanted = (
-                type(module).forward(module, input_ids=ids, attention_mask=mask, **extra).logits
-            )
+            wanted = type(module).forward(module, **given).logits
     finally:
         module.config.pad_token_id = before
     if got.shape[:2] == mask.shape and got.dim() == 3:
