@@ -23,6 +23,7 @@ from fastft.decode.drafts import MOST, LookupDrafts, StepDrafts
 from fastft.decode.exit_head import ExitHead
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Kept, Stats
+from fastft.decode.peak_memory import peak
 from fastft.decode.prepare import Prepared, inner_model
 
 # Slots of a row taken at first; most answers end long before the length they may have.
@@ -296,7 +297,7 @@ class Run:
     def output(self) -> GenerateOutput:
         self.stats.new_tokens = sum(self.ends) - self.width * len(self.ends)
         self.stats.cuda_graphs = getattr(self.step, "report", None)
-        self.stats.measure_memory(self.step.device)
+        self.stats.peak_memory = peak(self.step.device)
         make: Any = GenerateOutput  # whose annotations say LongTensor, and one tensor a tuple
         made: GenerateOutput = make(
             sequences=self.ids[:, : max(self.ends)],
