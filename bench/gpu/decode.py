@@ -14,7 +14,7 @@ from bench.gpu.measure import Session, Side
 from bench.gpu.shapes import LLAMA_1B, LLAMA_8B, RANK, Shape
 from bench.gpu.steps import causal_lm, patched, sharing, with_lora
 from fastft import generate as fastft_generate
-from fastft.decode.layers import DECODE_WEIGHT
+from fastft.decode.linears import DECODE_WEIGHT
 from fastft.decode.output import Stats
 from fastft.decode.weights import DecodeWeight
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.decode import layers as reading
 from fastft.decode.acceptance import accept_sampled
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import own_name
@@ -21,6 +20,7 @@ from fastft.decode.cuda_graph import fused_step
 from fastft.decode.draft_length import DraftLength
 from fastft.decode.drafts import MOST, LookupDrafts, StepDrafts
 from fastft.decode.exit_head import ExitHead
+from fastft.decode.linears import Unfit
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Kept, Stats
 from fastft.decode.peak_memory import peak
@@ -313,9 +313,9 @@ def draft_step(model: nn.Module) -> Any:
     """Raises: ValueError for a model that cannot draft."""
     try:
         return fused_step(model)
-    except reading.Unfit:
+    except Unfit:
         pass
     try:
         return ModuleStep(model)
-    except reading.Unfit as unfit:
+    except Unfit as unfit:
         raise ValueError(f"speculation: no draft model: {unfit}") from unfit

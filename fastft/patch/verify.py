@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.decode.layers import DECODE_WEIGHT, Unfit
+from fastft.decode.linears import DECODE_WEIGHT, Unfit
 from fastft.foreign import ForeignModule
 from fastft.ops.int8_layer import computing, int8_layers
 from fastft.patch.base_cost import BaseCost, base_cost

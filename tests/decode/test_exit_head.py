@@ -12,9 +12,9 @@ from fastft.decode.cache_name import own_name
 from fastft.decode.draft_length import DraftLength
 from fastft.decode.exit_head import OUTSIDE, ExitHead
 from fastft.decode.generate import generate
-from fastft.decode.layers import DECODE_WEIGHT
+from fastft.decode.linears import DECODE_WEIGHT
 from fastft.decode.step import FusedStep
-from fastft.decode.train_draft import DraftTrainer, fused_step, train_draft
+from fastft.decode.train_draft import DraftTrainer, decoding_step, train_draft
 
 VOCABULARY, HIDDEN, LAYERS = 96, 32, 4
 
@@ -176,7 +176,7 @@ def test_a_second_turn_equals_a_fresh_one():
 
 def acceptance(model, head):
     """Share of positions where head and model agree on the next token."""
-    target = fused_step(model)
+    target = decoding_step(model)
     agree = []
     with torch.no_grad():
         for row in texts(model, rows=4):
@@ -284,7 +284,7 @@ def test_data_comes_in_many_forms():
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(0, VOCABULARY, 2)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_trained_is_what_drafts(kind, vocabulary):
-    target, head = fused_step(MODELS[kind]()), exit_head(vocabulary=vocabulary)
+    target, head = decoding_step(MODELS[kind]()), exit_head(vocabulary=vocabulary)
     head.gain.data.uniform_(0.5, 2)
     row = list(range(3, 20))
     *_, hidden = head.step(target).states(target.new_cache(1, 17), [row])
