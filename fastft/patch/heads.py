@@ -10,7 +10,6 @@ A head that maps every token to a vocabulary computes the labelled places only w
 """
 
 import inspect
-import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from fastft.patch.confirm import TOLERANCE, Unlike, relative, undisturbed
 from fastft.patch.labels import IGNORED
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.packing import Selection, during, kept
+from fastft.patch.pretrained import base_of, is_pretrained
 from fastft.patch.swap import is_hooked, original_forward, swap_of, switched_off
 
 
@@ -48,14 +48,7 @@ def served_by(options: Loss) -> str:
 
 
 def is_candidate(module: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
-        return False
-    return base_of(module) is not module
-
-
-def base_of(module: ForeignModule) -> ForeignModule:
-    return getattr(module, module.base_model_prefix, module)
+    return is_pretrained(module) and base_of(module) is not module
 
 
 def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
