@@ -39,12 +39,16 @@ class MergeConfig(Config):
 
     adapter: list[str] = option(help="folders of runs or adapters, as many as are to be collected")
     output: str = option(help="folder to be made")
-    names: list[str] | None = option(None, "of several adapters; default: their folders' names")
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "of the merged weights")
+    names: list[str] | None = option(
+        None, "what several adapters are called; default: as their folders"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "type of the merged weights"
+    )
     tolerance: float | None = option(
         None, "relative difference of logits that is accepted; default: by dtype", above=0.0
     )
-    seed: int = option(0, "of the random tokens that the check is done on")
+    seed: int = option(0, "the tokens of the check are drawn by it")
 
     def check(self) -> None:
         if not self.adapter:

@@ -65,7 +65,7 @@ class PrepareConfig(Config):
     near_permutations: int = option(128, "length of a row's MinHash signature", least=16)
     validation: float = option(0.1, "share of the rows for validation", least=0, most=0.9)
     test: float = option(0.1, "share of the rows for the test", least=0, most=0.9)
-    seed: int = option(0, "of the split", least=0)
+    seed: int = option(0, "the split is drawn by it", least=0)
 
     def check(self) -> None:
         if self.validation + self.test > 0.9 + 1e-9:

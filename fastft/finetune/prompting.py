@@ -46,7 +46,7 @@ class PromptConfig(Config):
         "the template itself; default: by the columns. If it names `examples`, it places them",
     )
     answer: str | None = option(None, "template of an example's answer, with its leading space")
-    separator: str = option("\n\n", "between examples")
+    separator: str = option("\n\n", "text between examples")
     chat: bool | None = option(
         None, "questions and answers as turns of the model's chat template; default: if it has one"
     )
@@ -58,7 +58,7 @@ class PromptConfig(Config):
         "which examples: the first, drawn by the seed for each question, or the most similar ones "
         "(TF-IDF), the nearest last",
     )
-    seed: int = option(0, "of whatever is drawn")
+    seed: int = option(0, "examples and samples are drawn by it")
 
     def check(self) -> None:
         if self.shots and self.examples is None:
