@@ -9,12 +9,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import fastft
 from fastft.decode.cache_name import own_name
-from fastft.decode.draft_length import DraftLength
 from fastft.decode.exit_head import OUTSIDE, ExitHead
 from fastft.decode.generate import generate
 from fastft.decode.linears import DECODE_WEIGHT
 from fastft.decode.step import FusedStep
 from fastft.decode.train_draft import DraftTrainer, decoding_step, train_draft
+
+pytestmark = pytest.mark.usefixtures("every_draft")
 
 VOCABULARY, HIDDEN, LAYERS = 96, 32, 4
 
@@ -57,18 +58,6 @@ MODELS = {
 def patched(model, **settings):
     fastft.patch(model, **settings)
     return model
-
-
-class AlwaysDraft(DraftLength):
-    """Models as small as these are faster without drafts."""
-
-    def choose(self, offers):
-        return [min(most, 4) for _, most, _ in offers]
-
-
-@pytest.fixture(autouse=True)
-def _always_draft(monkeypatch):
-    monkeypatch.setattr("fastft.decode.loop.DraftLength", AlwaysDraft)
 
 
 def exit_head(exit_layer=3, vocabulary=None, seed=0):

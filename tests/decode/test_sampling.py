@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from decoders import EveryDraft, tiny
+from decoders import tiny
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -15,6 +15,8 @@ from transformers.generation.logits_process import (
 import fastft
 from fastft.decode import acceptance, loop
 from fastft.decode.exit_head import ExitHead
+
+pytestmark = pytest.mark.usefixtures("every_draft")
 
 SIZE, NEW = 9, 3
 # Whatever comes behind 5 has come before, so that prompt lookup always has a draft.
@@ -82,11 +84,6 @@ def deviation(counts, chances) -> float:
     freedom = int(often.sum())
     assert freedom >= 5
     return float((total - freedom) / (2 * freedom) ** 0.5)
-
-
-@pytest.fixture(autouse=True)
-def _always_draft(monkeypatch):
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
 
 
 @pytest.mark.parametrize("asked", ASKED)
