@@ -43,11 +43,12 @@ def is_candidate(module: nn.Module) -> bool:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return False
-    # Asked for the head too: the name is also what classes without a loss of their own have.
+    # Asked for the head too: the name is also what classes without a loss of their own have. And
+    # for the head first, as transformers warns where such a class is asked for its loss.
     return (
-        _loss_name(module) == "ForCausalLMLoss"
-        and _base(module) is not module
+        _base(module) is not module
         and module.get_output_embeddings() is not None
+        and _loss_name(module) == "ForCausalLMLoss"
     )
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from models import VOCABULARY, batch
+from encoders import encoder
+from models import VOCABULARY, batch, causal_lm
 
 from fastft.patch import patch, unpatch
 
@@ -99,3 +100,11 @@ def test_step_is_the_same(case):
     unpatch(model)
     assert torch.equal(step(model, inputs)[0], loss)
     assert model.config._attn_implementation == before
+
+
+def test_nothing_is_warned_of_that_only_fastft_asks_for(capfd):
+    """transformers warns where a model without a loss, as the one inside, is asked for its own."""
+    transformers.utils.logging.get_logger("transformers.modeling_utils").warning_once.cache_clear()
+    patch(causal_lm("llama"))
+    patch(encoder("bert", "SequenceClassification"))
+    assert "loss_type" not in capfd.readouterr().err
