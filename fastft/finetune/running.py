@@ -22,6 +22,7 @@ from fastft.finetune import (
     table,
     tasks,
     trainer,
+    vocabulary,
 )
 from fastft.finetune.loss import NextTokenLoss
 from fastft.finetune.run_folder import PARTIAL, RunFolder, processes, readable, sync
@@ -91,6 +92,9 @@ def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
     longest = examples.limit(config, tokenizer, loading.load_config(config.model))
     config = replace(config, max_length=longest)
     datasets = examples.encode(rows, tokenizer, config, names)
+    embedded = loading.embedded(config.model)
+    for split, held in datasets.items():
+        vocabulary.check(held["input_ids"], tokenizer, embedded, f"{split}: ")
     old = continual.encode(old, tokenizer, config, names)
     if config.replay:
         datasets["train"] = continual.replayed(datasets["train"], old, config.replay, config.seed)
