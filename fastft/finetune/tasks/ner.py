@@ -24,6 +24,11 @@ def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> l
         )
     if known is not None and found <= set(known):
         return list(known)
+    if all(tag.isdecimal() for tag in found):
+        raise UserError(
+            f"the tags are numbers ({', '.join(sorted(found, key=int)[:4])}, …), which do not tell "
+            "what is an entity; write their names (O, B-PER, I-PER, …)"
+        )
     return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2], tag))
 
 
