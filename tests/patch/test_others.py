@@ -6,6 +6,7 @@ import transformers
 from encoders import encoder
 from models import VOCABULARY, batch, causal_lm
 
+from fastft import library
 from fastft.patch import patch, unpatch
 
 _SIZES = {
@@ -108,3 +109,11 @@ def test_nothing_is_warned_of_that_only_fastft_asks_for(capfd):
     patch(causal_lm("llama"))
     patch(encoder("bert", "SequenceClassification"))
     assert "loss_type" not in capfd.readouterr().err
+
+
+def test_the_report_tells_that_there_are_no_kernels(monkeypatch):
+    assert "_C" not in str(patch(causal_lm("llama"))) or library.extension is None
+    monkeypatch.setattr(library, "extension", None)
+    assert (
+        str(patch(causal_lm("llama"))).splitlines()[-1].startswith("warning: fastft._C is missing")
+    )
