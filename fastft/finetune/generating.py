@@ -153,8 +153,9 @@ def _rows(config: GenerateConfig) -> list[dict[str, Any]]:
 def _piped(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Each line: an object of JSON is a row, anything else a text."""
     try:
-        for line in lines:
-            line = line.rstrip("\n")
+        for number, line in enumerate(lines):
+            # Of another system's file: Python takes neither off what is piped in.
+            line = line.rstrip("\r\n").removeprefix("\ufeff" if number == 0 else "")
             try:
                 held = json.loads(line)
             except ValueError:
