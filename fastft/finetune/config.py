@@ -162,12 +162,21 @@ def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": _unescaped(hint), "metavar": hint.__name__.upper()}
-        default = _default_of(item)
-        shown = "required" if default is MISSING else f"default: {default}"
-        text = f"{item.metadata.get('help', '')} ({shown})".replace("%", "%%")
+        text = f"{item.metadata.get('help', '')} {_shown_default(item)}".replace("%", "%%")
         names = [f"--{item.name.replace('_', '-')}"]
         parser.add_argument(*names, dest=item.name, help=text.strip(), **options)
     return parser
+
+
+def _shown_default(item: Field[Any]) -> str:
+    default = _default_of(item)
+    if default is MISSING:
+        return "(required)"
+    if default is None:  # the text says what happens then, where it is not simply nothing
+        return "" if "default: " in item.metadata.get("help", "") else "(default: none)"
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    return f"(default: {default!r})" if str(default).isspace() else f"(default: {default})"
 
 
 def _default_of(item: Field[Any]) -> Any:

@@ -218,8 +218,8 @@ def test_help_lists_every_setting(flag, capsys):
         "--rate FLOAT learning rate (default: 0.001)",
         "--patch, --no-patch patch it (default: True)",
         "--task {classify,lm} what to learn (default: lm)",
-        "--stop STR [STR ...] texts that end it (default: ['.'])",
-        "--limit INT rows (default: None)",
+        "--stop STR [STR ...] texts that end it (default: .)",
+        "--limit INT rows (default: none)",
     ):
         assert expected in shown
 
