@@ -59,6 +59,8 @@ def locate(source: str | Path) -> str:
         raise UserError(
             f"{source}: holds the adapters {', '.join(several)}; name one: {source}/..."
         )
+    if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
+        raise UserError(f"cannot load {str(source)!r}: it is a folder without config.json")
     return str(folder)
 
 

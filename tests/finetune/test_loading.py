@@ -174,3 +174,8 @@ def test_a_padding_token_of_no_embedding_in_the_configuration_is_one_sentence(co
     edit(copy / "config.json", pad_token_id=65)
     with pytest.raises(UserError, match="cannot load '.*': Padding_idx"):
         loading.load_model(copy, "lm")
+
+
+def test_a_folder_of_folders_is_no_model(copy):
+    with pytest.raises(UserError, match="cannot load '.*': it is a folder without config.json"):
+        loading.load_tokenizer(copy.parent)

@@ -63,6 +63,20 @@ def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
              "task": "ner"},
             "the tags are numbers (0, 1, …)",
         ),
+        "measures": (
+            {"data": rows("m.jsonl", [good | {"label": 0.5}, bad | {"label": 1.5}])},
+            "row 0: the label 0.5 is a measure",
+        ),
+        "many labels": (
+            {"data": rows("d.jsonl", [{"text": "word1", "label": f"l{i:02}"} for i in range(40)]),
+             "validation_data": rows("w.jsonl", [good])},
+            "is not one of l00, l01, l02, l03, l04, l05, l06, l07, l08, l09, l10, l11 and 28 more",
+        ),
+        "questions and answers": (
+            {"task": "sft", "model": str(shared / "decoder"),
+             "data": rows("q.jsonl", [{"question": "word1", "answer": "word2"}] * 3)},
+            "); rename them",
+        ),
         "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
     }  # fmt: skip
 

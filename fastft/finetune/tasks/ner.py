@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
 from fastft.finetune.data import IGNORED
-from fastft.finetune.reading import column
+from fastft.finetune.reading import column, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,8 +61,7 @@ def encode(
             raise UserError(f"row {number}: {len(row)} words and {len(own)} tags")
         for tag in own:
             if tag not in ids:
-                listed = ", ".join(names)
-                raise UserError(f"row {number}: the tag {tag!r} is not one of {listed}")
+                raise UserError(f"row {number}: the tag {tag!r} is not one of {listed(names)}")
 
     def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer(
