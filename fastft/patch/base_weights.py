@@ -94,9 +94,11 @@ def _keep(layers: dict[str, tuple[nn.Module, str, nn.Linear]], folder: Path) -> 
 def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[Int8Linear]:
     """Replaces the layers; those that are replaced already stay. The new ones, to be released.
 
-    Raises: ValueError for another kind than "int8", or a folder of other weights.
+    Raises: ValueError for another kind than "int8", a folder of other weights, or a file.
     """
     check_kind(kind)
+    if originals is not None and Path(originals).is_file():
+        raise ValueError(f"originals: expected a folder, got the file {originals}")
     layers = replaceable(model)
     origins = {} if originals is None or not layers else _keep(layers, Path(originals))
     made = []
