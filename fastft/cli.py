@@ -1,6 +1,7 @@
 """`fastft …`. Every command imports what it needs when it runs, so --help answers at once."""
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -92,7 +93,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
@@ -169,14 +173,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _sigterm_as_interrupt():
             if arguments and arguments[0] in CONFIGURED:
-                return _configured(arguments[0], arguments[1:])
-            args = _parser().parse_args(arguments)
-            out: int = args.run(args)
+                out = _configured(arguments[0], arguments[1:])
+            else:
+                args = _parser().parse_args(arguments)
+                out = args.run(args)
+            sys.stdout.flush()  # here, where what fails can still be told
             return out
     except BrokenPipeError:
         # Whoever read has had enough (`| head`); Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # Where nothing can be printed: commands themselves tell which of their files was too much.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        print(f"fastft: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as above
+        return 2
     except KeyboardInterrupt:
         print("\nfastft: stopped", file=sys.stderr)
         return 130

@@ -8,6 +8,9 @@ import pkgutil
 import platform
 import shlex
 import shutil
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ REFERENCE = "PyTorch reference"
 OLDEST = {"torch": "2.11", "transformers": "5.17", "peft": "0.19", "trl": None, "triton": None}
 # The newest that the tests are run with; tests/test_doctor.py holds them to the pinned ones.
 TESTED = {"torch": "2.13", "transformers": "5.24", "peft": "0.21", "trl": "1.16", "triton": "3.6"}
+_HERE = Path(fastft.__file__).resolve().parent
 INSTALL = "`pip install --no-build-isolation --no-deps --force-reinstall .` in its source folder"
 
 
@@ -74,11 +78,22 @@ def _build_warnings(build: dict[str, Any] | None) -> list[str]:
     if build is not None:
         return []
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
+    if (built := _built_elsewhere()) is not None:
+        why = f"fastft is read from {_HERE}, and {built} has them; run Python in another folder"
+    elif shutil.which(compiler) is None:
         why = f"there is no C++ compiler ({compiler}); install one, then run {INSTALL}"
     else:
         why = f"it was not compiled when fastft was installed; run {INSTALL}"
     return [f"fastft._C is missing, so the CPU runs plain PyTorch: {why}"]
+
+
+def _built_elsewhere() -> Path | None:
+    """An installed fastft with kernels that another without them hides, as its clone does."""
+    for entry in sys.path:
+        folder = Path(entry).resolve() / "fastft"
+        if folder != _HERE and any((folder / f"_C{end}").exists() for end in EXTENSION_SUFFIXES):
+            return folder
+    return None
 
 
 def _missing(device: str) -> str | None:

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -26,6 +28,16 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("buffered", [[], ["-u"]])
+def test_a_full_disk_is_no_traceback(buffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *buffered, "-m", "fastft", "doctor"], stdout=full, stderr=PIPE
+        )
+    assert done.stderr == b"fastft: No space left on device\n" and done.returncode == 2
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
@@ -34,7 +46,9 @@ def test_help_lists_the_commands(capsys):
     assert "doctor" in shown and "demo" in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["demo", "--steps", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["demo", "--steps", "0"], ["demo", "--steps", "x"]]
+)
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

@@ -1,7 +1,9 @@
 """doctor tells the truth: about what is there, what is missing, and why."""
 
 import re
+import sys
 import tomllib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,23 @@ def test_tells_what_serves_each_operator():
 )
 def test_tells_why_the_kernels_are_missing(monkeypatch, compiler, why):
     monkeypatch.setattr(library, "extension", None)
+    monkeypatch.setattr(doctor, "_built_elsewhere", lambda: None)
     monkeypatch.setenv("CXX", compiler)
     found = doctor.examine()
     (warning,) = found["warnings"]
     assert why in warning
     assert found["build"] is None and found["devices"]["cpu"] == "fastft._C is missing"
     assert "kernels       none" in doctor.text(found)
+
+
+def test_tells_which_fastft_with_kernels_a_clone_hides(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "extension", None)
+    installed = tmp_path / "fastft"
+    installed.mkdir()
+    (installed / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    monkeypatch.setattr("sys.path", [str(ROOT), str(tmp_path), *sys.path])
+    (warning,) = doctor.examine()["warnings"]
+    assert f"{installed} has them; run Python in another folder" in warning
 
 
 @pytest.mark.parametrize("name, version", [("torch", "2.10.1"), ("transformers", "5.16.4")])

@@ -222,6 +222,31 @@ def _handed_over(
     if isinstance(out, Tensor):  # a custom_generate may return no more
         out = GenerateOutput(sequences=cast(torch.LongTensor, out))
     stats.rows = len(out.sequences)
+    stats.prompt_tokens, stats.new_tokens = _counted(model, out.sequences, kwargs)
     out.stats = stats
     found: GenerateOutput = out
     return found
+
+
+def _counted(model: ForeignModule, sequences: Tensor, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """How many tokens were given and how many came of them, in a call that transformers served.
+
+    A row counts up to its end of text; one that a criterion ended, with the padding behind it.
+    """
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs") if given is None else given
+    prompt, width = 0, 0  # of embeddings transformers gives the new tokens alone
+    if isinstance(given, Tensor) and not given.is_floating_point():
+        mask = kwargs.get("attention_mask")
+        prompt = int(mask.sum()) if isinstance(mask, Tensor) else given.numel()
+        prompt *= len(sequences) // max(len(given), 1)
+        width = given.shape[1]
+    if model.config.is_encoder_decoder:
+        width = 1  # the token that the decoder starts with
+    settings = kwargs.get("generation_config") or model.generation_config
+    own = getattr(model.generation_config, "eos_token_id", None)
+    asked = kwargs.get("eos_token_id", getattr(settings, "eos_token_id", None) or own)
+    ends = torch.as_tensor([] if asked is None else asked).flatten().tolist()
+    rows = sequences[:, width:].tolist()
+    lengths = (next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in rows)
+    return prompt, sum(lengths)

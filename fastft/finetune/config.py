@@ -9,6 +9,7 @@ and a flag wins. In Python the dataclass itself is the interface: TrainConfig(mo
 import argparse
 import difflib
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -295,3 +296,5 @@ def _check_bounds(item: Field[Any], value: Any) -> None:
             raise UserError(f"{item.name}: expected at most {bounds['most']}, got {one}")
         if "above" in bounds and not one > bounds["above"]:
             raise UserError(f"{item.name}: expected more than {bounds['above']}, got {one}")
+        if bounds and isinstance(one, float) and not math.isfinite(one):
+            raise UserError(f"{item.name}: expected a finite number, got {one}")

@@ -29,7 +29,7 @@ class Example:
 def read_alpaca(path: Path) -> list[dict[str, str]]:
     """Records with instruction, output and an optional input, from a JSON array."""
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:

@@ -66,19 +66,29 @@ class Unfit(ValueError):
     """
 
 
-def detect(rows: Iterable[Row]) -> str:
+def detect(rows: Iterable[Row], named: bool = True) -> str:
     """The format of rows, by the columns that the first of them have.
 
-    Raises: UserError where they are of none.
+    named: settings can name the columns of texts and labels. Raises: UserError where they are of
+    none.
     """
     columns = {name: None for row in islice(rows, 100) for name in row}
     for name, marks in MARKS.items():
         if columns.keys() >= set(marks):
             return name
+    if len(columns) == 1 and (between := set(next(iter(columns))) & set(";\t|")):
+        raise UserError(
+            f"the only column is {next(iter(columns))!r}: columns of a .csv are told apart by "
+            f"commas, those of a .tsv by tabs, and none by {between.pop()!r}"
+        )
     listed = "; ".join(f"{name}: {', '.join(marks)}" for name, marks in MARKS.items())
+    advice = "rename them"
+    if named:
+        advice += (
+            ", or name that of texts by text_column and that of labels, if any, by label_column"
+        )
     raise UserError(
-        f"columns {', '.join(map(repr, columns))} are of no known format ({listed}); "
-        "name the column of texts by text_column, and that of labels, if any, by label_column"
+        f"columns {', '.join(map(repr, columns))} are of no known format ({listed}); {advice}"
     )
 
 
@@ -87,7 +97,7 @@ def convert(dataset: "Dataset", to: str, source: str | None = None) -> "Dataset"
 
     Raises: UserError for formats that do not become each other, and for a row that does not fit.
     """
-    source = source or detect(dataset)
+    source = source or detect(dataset, named=False)
     check_possible(source, to)
 
     def one(row: Row, index: int) -> Row:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastft.finetune import UserError, assets, loading, reading, table
+from fastft.finetune import UserError, assets, loading, reading, table, vocabulary
 from fastft.finetune.config import option
 from fastft.finetune.data import pad_id
 from fastft.finetune.prompting import PromptConfig
@@ -97,6 +97,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     model, tokenizer, report = serving(config.model, config)
     prompts = prompts_of(config, rows, tokenizer)
     encoded = [prompts.prompter.ids(text) for text in prompts.texts]
+    vocabulary.check(encoded, tokenizer, loading.embedded(config.model))
     _check_lengths(model, encoded, config.max_new_tokens)
     stream = config.stream
     if stream is None:
@@ -152,8 +153,9 @@ def _rows(config: GenerateConfig) -> list[dict[str, Any]]:
 def _piped(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Each line: an object of JSON is a row, anything else a text."""
     try:
-        for line in lines:
-            line = line.rstrip("\n")
+        for number, line in enumerate(lines):
+            # Of another system's file: Python takes neither off what is piped in.
+            line = line.rstrip("\r\n").removeprefix("\ufeff" if number == 0 else "")
             try:
                 held = json.loads(line)
             except ValueError:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from fastft.finetune import UserError, assets, need
+from fastft.finetune import UserError, assets, need, vocabulary
 from fastft.finetune.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -59,11 +59,14 @@ def locate(source: str | Path) -> str:
         raise UserError(
             f"{source}: holds the adapters {', '.join(several)}; name one: {source}/..."
         )
+    if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
+        raise UserError(f"cannot load {str(source)!r}: it is a folder without config.json")
     return str(folder)
 
 
 def load_tokenizer(source: str | Path, *, words: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of source; where it has no padding token, its end of text pads.
+    """The tokenizer of source; where it has no padding token that the model knows, its end of text
+    pads.
 
     words: it is given words rather than texts, before which GPT-2's wants a space.
     Raises: UserError.
@@ -84,9 +87,14 @@ def load_tokenizer(source: str | Path, *, words: bool = False) -> "PreTrainedTok
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # transformers makes an empty one of a folder without its files, and every word is unknown.
         raise UserError(f"{source}: holds no tokenizer (tokenizer.json, or its vocabulary)")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    vocabulary.settle_padding(tokenizer, embedded(source), source)
     return tokenizer
+
+
+def embedded(source: str | Path) -> int | None:
+    """How many tokens source's model has an embedding for; None where it does not say."""
+    out: int | None = getattr(load_config(source).get_text_config(), "vocab_size", None)
+    return out
 
 
 def load_model(
@@ -216,7 +224,9 @@ def as_user_error(source: str | Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError,
+    ) as error:  # fmt: skip
         # The libraries' first sentence says what it was: no such name, no network, no such file.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load {str(source)!r}: {reason}") from None

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastft.finetune import UserError, examples, loading, methods, metrics, running, tasks, trainer
+from fastft.finetune import (
+    UserError,
+    examples,
+    loading,
+    methods,
+    metrics,
+    running,
+    tasks,
+    trainer,
+    vocabulary,
+)
 from fastft.finetune.data import IGNORED
 
 if TYPE_CHECKING:
@@ -55,6 +65,7 @@ def by_task(config: Any, learned: list[list[str]], patched: bool) -> Callable[..
             missed = task.labels_in(rows, own) & set(sum(learned, [])) - set(names)
             classes = [*names, *sorted(missed)]
         encoded = examples.encode({split: rows}, tokenizer, own, classes)[split]
+        vocabulary.check(encoded["input_ids"], tokenizer, loading.embedded(config.model))
         if not held:
             held.extend(_ready(running.load_model(own, tokenizer, names), patched))
         model, report = held

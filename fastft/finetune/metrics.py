@@ -79,7 +79,7 @@ def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) 
     """How well whole entities are found, type and both ends right, as conlleval counts (seqeval).
 
     Args:
-        true, predicted: the tags (B-PER, I-PER, O…) of each sentence's words.
+        true, predicted: the tags (B-PER, I-PER, O…) of each sentence's words; PER counts as I-PER.
     Returns: {precision,recall,f1}_{macro,micro,weighted} of entities; accuracy of tags; per_class:
         type -> precision, recall, f1, support; report: seqeval's table.
     """
@@ -89,8 +89,9 @@ def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) 
         if len(a) != len(b):
             raise UserError(f"sentence {i}: {len(a)} words and {len(b)} predicted tags")
     scores = need("seqeval.metrics", "evaluation of entities")
-    # seqeval takes lists alone, and warns where zero_division is not given.
-    true, predicted = [list(tags) for tags in true], [list(tags) for tags in predicted]
+    # seqeval takes lists alone, cuts the first letter off every tag, whatever it is, and warns
+    # where zero_division is not given.
+    true, predicted = ([[_begun(t) for t in tags] for tags in side] for side in (true, predicted))
     if not any(tag != "O" for tags in [*true, *predicted] for tag in tags):
         averages = {f"{m}_{a}": 0.0 for a in AVERAGES for m in ("precision", "recall", "f1")}
         return averages | {"accuracy": 1.0, "per_class": {}, "report": "", "examples": len(true)}
@@ -107,6 +108,10 @@ def entities(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) 
         "report": scores.classification_report(true, predicted, digits=4, zero_division=0),
         "examples": len(true),
     }
+
+
+def _begun(tag: str) -> str:
+    return tag if tag == "O" or tag[1:2] == "-" else f"I-{tag}"
 
 
 def perplexity(loss: float) -> float:

@@ -91,6 +91,13 @@ def among(names: Iterable[str], name: str, where: str = "data") -> str:
     raise UserError(f"{where}: no column {name!r}; {hint}")
 
 
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """names for a sentence, which hundreds of them would hide."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def located(path: str | Path) -> Path:
     """path as it is on this machine; a name of assets.DATASETS is fetched."""
     here = Path(path).expanduser()

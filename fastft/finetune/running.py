@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from fastft.finetune import (
     table,
     tasks,
     trainer,
+    vocabulary,
 )
 from fastft.finetune.loss import NextTokenLoss
 from fastft.finetune.run_folder import PARTIAL, RunFolder, processes, readable, sync
@@ -73,6 +75,7 @@ def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
         raise UserError("fsdp: Trainer shards on GPUs alone; without fsdp these processes run DDP")
     if config.fsdp and config.method == "adapter":
         raise UserError("fsdp: not with the method adapter")
+    _check_integrations(config)
     task = tasks.of(config.task)
     packed = config.task == "sft" and task.packs(config)
     reason = methods.fits(
@@ -91,6 +94,9 @@ def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
     longest = examples.limit(config, tokenizer, loading.load_config(config.model))
     config = replace(config, max_length=longest)
     datasets = examples.encode(rows, tokenizer, config, names)
+    embedded = loading.embedded(config.model)
+    for split, held in datasets.items():
+        vocabulary.check(held["input_ids"], tokenizer, embedded, f"{split}: ")
     old = continual.encode(old, tokenizer, config, names)
     if config.replay:
         datasets["train"] = continual.replayed(datasets["train"], old, config.replay, config.seed)
@@ -102,11 +108,36 @@ def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
 
         kind = None if config.base_weights == "none" else config.base_weights
         report = patch(model, base_weights=kind)
+        if kind is not None and not report.count("int8_linear"):
+            why = [e.reason for e in report.left if e.reason.startswith("base_weights=")]
+            raise UserError(f"{config.model}: {', '.join(why)}")
     loss = trainer.loss_of(config, model, datasets["train"])
     if config.distill and loss is None:
         loss = NextTokenLoss(ClassificationLoss())  # its logits are needed anyway
     added = continual.keeping(config, model, tokenizer, names, old)
     return Prepared(config, model, tokenizer, datasets, report, loss, added, beside)
+
+
+def _check_integrations(config: TrainConfig) -> None:
+    """UserError where Trainer would miss what config asks of it, once the folder is made."""
+    from transformers.integrations import integration_utils as known
+
+    for name in config.report_to:
+        if name in ("none", "all"):
+            continue
+        if name not in known.INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"report_to: expected none, all or some of "
+                f"{', '.join(known.INTEGRATION_TO_CALLBACK)}, got {name!r}"
+            )
+        # Its list of those that are installed leaves this one out.
+        if name != "flyte" and name not in known.get_available_reporting_integrations():
+            raise UserError(f"report_to: {name} is not installed")
+    if config.deepspeed is not None:
+        if not Path(config.deepspeed).is_file():
+            raise UserError(f"deepspeed: {config.deepspeed}: no such file")
+        if find_spec("deepspeed") is None:
+            raise UserError("deepspeed: not installed: pip install deepspeed")
 
 
 def load_tokenizer(config: TrainConfig) -> "PreTrainedTokenizerBase":

@@ -1,5 +1,6 @@
 """`fastft train`: a model, data, a task and a method, from the settings to a run folder."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -236,7 +237,7 @@ def train(config: TrainConfig) -> RunResult:
     need("accelerate", "fine-tuning")
     import torch
 
-    from fastft.finetune import dry_run, examples, repeats, run_folder, running
+    from fastft.finetune import assets, dry_run, examples, repeats, run_folder, running
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -245,7 +246,13 @@ def train(config: TrainConfig) -> RunResult:
     rows = examples.read(config)
     if config.dry_run:
         return dry_run.show(config, rows)
-    if config.folds or config.seeds:
-        return repeats.run(config, rows)
-    prepared = running.prepare(config, rows)
-    return running.run(prepared, run_folder.start(config, examples.files(config)))
+    try:
+        if config.folds or config.seeds:
+            return repeats.run(config, rows)
+        prepared = running.prepare(config, rows)
+        return running.run(prepared, run_folder.start(config, examples.files(config)))
+    except KeyboardInterrupt:
+        kept = run_folder.RunFolder(config.output).settings
+        if kept.is_file():
+            assets.say(f"kept: `fastft train {shlex.quote(str(kept))} --resume` goes on")
+        raise

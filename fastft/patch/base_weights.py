@@ -51,6 +51,17 @@ def replaceable(
     return found
 
 
+def why_none(model: nn.Module) -> str:
+    """Why a model has no layer that can be replaced."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        # GPT-2's, whose weight is the other way round.
+        if type(module).__name__ == "Conv1D" and isinstance(weight, nn.Parameter):
+            if not weight.requires_grad:
+                return "its frozen layers are Conv1D, and eight bits serve nn.Linear alone"
+    return "no linear layer is frozen"
+
+
 def _keep(layers: dict[str, tuple[nn.Module, str, nn.Linear]], folder: Path) -> dict[str, Origin]:
     """The original weights' places in a folder: its checkpoint's, or those of a file made here."""
     from safetensors import safe_open
@@ -83,9 +94,11 @@ def _keep(layers: dict[str, tuple[nn.Module, str, nn.Linear]], folder: Path) -> 
 def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[Int8Linear]:
     """Replaces the layers; those that are replaced already stay. The new ones, to be released.
 
-    Raises: ValueError for another kind than "int8", or a folder of other weights.
+    Raises: ValueError for another kind than "int8", a folder of other weights, or a file.
     """
     check_kind(kind)
+    if originals is not None and Path(originals).is_file():
+        raise ValueError(f"originals: expected a folder, got the file {originals}")
     layers = replaceable(model)
     origins = {} if originals is None or not layers else _keep(layers, Path(originals))
     made = []

@@ -41,12 +41,13 @@ class CausalLm:
 
 
 def is_candidate(module: ForeignModule) -> bool:
-    # Asked for the head too: the name is also what classes without a loss of their own have.
+    # Asked for the head too: the name is also what classes without a loss of their own have. And
+    # for the head first, as transformers warns where such a class is asked for its loss.
     return (
         is_pretrained(module)
-        and _loss_name(module) == "ForCausalLMLoss"
         and base_of(module) is not module
         and module.get_output_embeddings() is not None
+        and _loss_name(module) == "ForCausalLMLoss"
     )
 
 

@@ -65,7 +65,8 @@ def patch(
             for layer in int8_layers(model):
                 report.add(layer, "int8_linear", "int8_product")
             if base_weights is not None and not int8_layers(model):
-                report.leave(model, f"base_weights={base_weights!r}: no linear layer is frozen")
+                why = stored_base.why_none(model)
+                report.leave(model, f"base_weights={base_weights!r}: {why}")
             patcher.run(model)
         patcher.swap_generate(model, decode_weights)
     except BaseException:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fastft.library import operators
+from fastft import library
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Report:
 
     def add(self, module: nn.Module | str, operator: str, raw: str, remark: str = "") -> None:
         """raw: the dispatcher's name of the operator that does the work, to name who serves it."""
-        served = operators().get(raw, {}).get(self.device, raw)
+        served = library.operators().get(raw, {}).get(self.device, raw)
         self._swapped[_name(module), operator, served, remark] += 1
 
     def leave(self, module: nn.Module, reason: str) -> None:
@@ -60,6 +60,8 @@ class Report:
             ).rstrip()
             for row in rows
         ]
+        if self.device == "cpu" and library.extension is None:
+            lines.append("warning: fastft._C is missing; `python -m fastft doctor` here tells why")
         return "\n".join(lines) if len(rows) > 1 else "nothing here that fastft knows"
 
     __repr__ = __str__

@@ -73,9 +73,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
 
     Dropout is off and the random state, `.grad` and training mode are left as they were; a model
     that is not patched is patched for the duration. The batch lies on the model's device; without
-    labels, a weighted sum of the logits stands for the loss. Over an int8 base both sides multiply
-    by the weights its numbers stand for; what the eight bits cost against the original weights is
-    told beside it, where patch was given a folder that keeps them.
+    labels, a weighted mean of the logits at real tokens stands for the loss. Over an int8 base both
+    sides multiply by the weights its numbers stand for; what the eight bits cost against the
+    original weights is told beside it, where patch was given a folder that keeps them.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch)}")
@@ -126,7 +126,10 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, di
     scores = output.logits if "logits" in output else output[0]
     if loss is None:
         weights = torch.linspace(-1, 1, scores[0].numel(), device=scores.device)
-        loss = (scores.float() * weights.view_as(scores[0])).mean()
+        weighted = scores.float() * weights.view_as(scores[0])
+        # At padded places a patched model has zeros, where the original computes something.
+        tokens = _token_mask(batch, scores)
+        loss = (weighted if tokens is None else weighted[tokens]).mean()
     if loss.requires_grad:
         loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -134,11 +137,17 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, di
         return loss.detach(), scores.detach(), grads
 
 
-def _compare(model: nn.Module, batch: Mapping[str, Any], wanted: Any, got: Any) -> Verification:
+def _token_mask(batch: Mapping[str, Any], scores: Tensor) -> Tensor | None:
+    """Where scores are a token's, (rows, length); None for scores that are not one per token."""
     mask = batch.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.shape == scores.shape[:2] else None
+
+
+def _compare(model: nn.Module, batch: Mapping[str, Any], wanted: Any, got: Any) -> Verification:
     logits, ours = wanted[1], got[1]
-    if isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
-        logits, ours = logits[mask.bool()], ours[mask.bool()]
+    tokens = _token_mask(batch, logits)
+    if tokens is not None:
+        logits, ours = logits[tokens], ours[tokens]
     dtypes = {p.dtype for p in model.parameters()}
     result = Verification(
         _relative(got[0], wanted[0]),

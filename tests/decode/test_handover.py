@@ -52,12 +52,26 @@ def test_asked(llama, asked):
     assert "none: " in drafted.stats.speculation
 
 
+def test_tokens_are_counted(llama):
+    """As where the loop here serves: to each row's end, and none of its padding."""
+    x = padded([7, 4])
+    plain = fastft.generate(llama, x, max_new_tokens=8)
+    # The token with which the second row goes on ends it.
+    eos = int(plain.sequences[1, x["input_ids"].shape[1] + 2])
+    for options in ({"eos_token_id": eos, "pad_token_id": 0}, {"eos_token_id": None}):
+        ours = fastft.generate(llama, x, max_new_tokens=8, **options).stats
+        theirs = same(llama, x, "use_cache", use_cache=False, max_new_tokens=8, **options).stats
+        assert (theirs.prompt_tokens, theirs.new_tokens) == (ours.prompt_tokens, ours.new_tokens)
+        assert theirs.tokens_per_second > 0
+
+
 def test_arguments(llama):
     ids = prompt(1, 6)
     same(llama, {"input_ids": ids}, "assistant_model", assistant_model=tiny(seed=1),
          max_new_tokens=6)  # fmt: skip
     embeds = llama.get_input_embeddings()(ids)
-    same(llama, {"inputs_embeds": embeds}, "inputs_embeds", max_new_tokens=6)
+    out = same(llama, {"inputs_embeds": embeds}, "inputs_embeds", max_new_tokens=6)
+    assert out.stats.new_tokens == 6
     positions = torch.arange(6)[None] + 3
     same(llama, {"input_ids": ids, "position_ids": positions}, "position_ids", max_new_tokens=6)
 
@@ -74,7 +88,7 @@ def test_encoder_decoder():
     model = AutoModelForSeq2SeqLM.from_config(config).eval()
     out = same(model, padded([6, 3], "right"), "encoder-decoder", max_new_tokens=6,
                output_attentions=True)  # fmt: skip
-    assert out.cross_attentions
+    assert out.cross_attentions and out.stats.new_tokens == 12
     with pytest.raises(ValueError, match="speculation: no draft model"):
         fastft.generate(tiny(), prompt(1, 4), speculation=model, max_new_tokens=4)
 

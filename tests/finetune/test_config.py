@@ -151,6 +151,7 @@ def test_a_flag_wins_over_the_file(file, how):
         (["--limit", "0"], "limit: expected at least 1, got 0"),
         (["--rate", "0"], "rate: expected more than 0, got 0.0"),
         (["--rate", "nan"], "rate: expected more than 0, got nan"),
+        (["--rate", "inf"], "rate: expected a finite number, got inf"),
         (["--weights", "1", "-6"], "weights: expected at least -5, got -6.0"),
         (["--task", "classify", "--stop", "a"], "stop: classify generates nothing"),
         (["--config"], "--config: expected a file"),

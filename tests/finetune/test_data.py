@@ -73,3 +73,9 @@ def test_bad_files_are_told(tmp_path, content, message):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         data.read_alpaca(tmp_path / "none.json")
+
+
+def test_the_mark_at_the_start_of_a_file_is_no_part_of_it(tmp_path):
+    path = tmp_path / "marked.json"
+    path.write_text(json.dumps([RECORD]), encoding="utf-8-sig")
+    assert data.read_alpaca(path) == [RECORD]

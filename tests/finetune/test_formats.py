@@ -134,6 +134,8 @@ def test_formats_that_do_not_become_each_other():
         formats.check_possible("alpaka", "text")
     with pytest.raises(UserError, match="columns 'a', 'b' are of no known format"):
         detect([{"a": 1}, {"b": 2}])
+    with pytest.raises(UserError, match="the only column is 'text;label': .* none by ';'"):
+        detect([{"text;label": "a film;good"}])
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)

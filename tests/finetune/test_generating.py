@@ -77,7 +77,7 @@ def test_sampling_repeats_by_its_seed(model):
 
 
 def test_from_a_pipe_to_a_pipe(model, monkeypatch, capsys):
-    rows = io.StringIO('word1 word2\n{"text": "word7", "more": 1}\n')
+    rows = io.StringIO('\ufeffword1 word2\r\n{"text": "word7", "more": 1}\r\n')
     monkeypatch.setattr("sys.stdin", rows)
     arguments = ["generate", "--model", model, "--max-new-tokens", "4", "--stop", "word52"]
     assert cli.main([*arguments, "--template", "{{ text }} word3", "--no-chat"]) == 0

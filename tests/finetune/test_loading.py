@@ -7,7 +7,7 @@ import pytest
 import torch
 from finetune import tiny
 
-from fastft.finetune import UserError, loading
+from fastft.finetune import UserError, loading, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +150,32 @@ def test_a_folder_without_a_tokenizer_is_told(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="holds no tokenizer"):
         loading.load_tokenizer(folder)
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_is_replaced(copy, capsys):
+    before = loading.load_tokenizer(copy)
+    before.add_special_tokens({"pad_token": "<pad>"})
+    before.save_pretrained(copy)
+    after = loading.load_tokenizer(copy)
+    assert after.pad_token == after.eos_token
+    assert "'<pad>' is none of the model's 65 tokens" in capsys.readouterr().err
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(copy):
+    tokenizer = loading.load_tokenizer(copy)
+    rows, most = [[3, 4], [3, 65]], loading.embedded(copy)
+    vocabulary.check(rows, tokenizer, most)  # as everywhere, told by the tokenizer's size
+    tokenizer.add_tokens("<turn>")
+    with pytest.raises(UserError, match="row 1: the token '<turn>' is none of the model's 65"):
+        vocabulary.check(rows, tokenizer, most)
+
+
+def test_a_padding_token_of_no_embedding_in_the_configuration_is_one_sentence(copy):
+    edit(copy / "config.json", pad_token_id=65)
+    with pytest.raises(UserError, match="cannot load '.*': Padding_idx"):
+        loading.load_model(copy, "lm")
+
+
+def test_a_folder_of_folders_is_no_model(copy):
+    with pytest.raises(UserError, match="cannot load '.*': it is a folder without config.json"):
+        loading.load_tokenizer(copy.parent)

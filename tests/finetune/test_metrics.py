@@ -62,6 +62,11 @@ def test_entities_count_whole():
     assert metrics.entities([["O"]], [["B-PER"]])["precision_micro"] == 0
 
 
+def test_tags_without_a_prefix_are_entities_of_their_own_name():
+    found = metrics.entities([["PER", "PER", "O", "X"]], [["PER", "PER", "O", "O"]])
+    assert set(found["per_class"]) == {"PER", "X"} and found["recall_micro"] == 0.5
+
+
 def test_perplexity():
     assert metrics.perplexity(math.log(7)) == pytest.approx(7)
     assert metrics.perplexity(1e6) == math.inf

@@ -232,6 +232,7 @@ GOOD = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS[:10])]
         (GOOD, {"source_format": "alpaca"}, "no row is left .10 no instruction."),
         (GOOD, {"min_characters": 999}, "no row is left .10 shorter than 999 characters."),
         ([r | {"label": "x"} for r in GOOD], {}, "every row has the label 'x'"),
+        ([*GOOD, {"text": "another one", "label": "x"}], {}, "some labels are names.* 'x' and 0"),
         ([{"a": 1}], {}, "columns 'a' are of no known format"),
         ([], {}, "empty"),
         (GOOD, {"data": "none.csv"}, "none.csv: no such file"),

@@ -185,6 +185,7 @@ def test_an_interruption_keeps_the_step(config, monkeypatch, capsys, interruptib
             train(run)
     folder = RunFolder(run.output)
     assert folder.last_checkpoint().name == "checkpoint-2" and not folder.finished
+    assert f"fastft train {folder.settings} --resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(UserError, match="no trained model yet"):
         loading.load_model(run.output, "classify")

@@ -15,6 +15,15 @@ from fastft.finetune import UserError, train
 from fastft.finetune.run_folder import readable
 
 
+def gpt2(folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 65}
+    GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
 def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
     """What a user may get wrong: the settings, and words of the sentence."""
 
@@ -42,6 +51,32 @@ def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
         "no model": ({"model": str(tmp_path / "nothing")}, "no such folder"),
         "a file": ({"model": str(shared / "classify.jsonl")}, "a file"),
         "no such method here": ({"task": "ner", "method": "prompt"}, "does not fit"),
+        "no such reporter": ({"report_to": ["tensorbord"]}, "report_to: expected none"),
+        "no DeepSpeed file": ({"deepspeed": str(tmp_path / "none.json")}, "no such file"),
+        "nothing for eight bits": (
+            {"model": str(gpt2(tmp_path / "gpt2")), "task": "lm", "method": "lora",
+             "base_weights": "int8"},
+            "its frozen layers are Conv1D",
+        ),
+        "numbers as tags": (
+            {"data": rows("n.jsonl", [{"tokens": ["word1", "word2"], "tags": [0, 1]}]),
+             "task": "ner"},
+            "the tags are numbers (0, 1, …)",
+        ),
+        "measures": (
+            {"data": rows("m.jsonl", [good | {"label": 0.5}, bad | {"label": 1.5}])},
+            "row 0: the label 0.5 is a measure",
+        ),
+        "many labels": (
+            {"data": rows("d.jsonl", [{"text": "word1", "label": f"l{i:02}"} for i in range(40)]),
+             "validation_data": rows("w.jsonl", [good])},
+            "is not one of l00, l01, l02, l03, l04, l05, l06, l07, l08, l09, l10, l11 and 28 more",
+        ),
+        "questions and answers": (
+            {"task": "sft", "model": str(shared / "decoder"),
+             "data": rows("q.jsonl", [{"question": "word1", "answer": "word2"}] * 3)},
+            "); rename them",
+        ),
         "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
     }  # fmt: skip
 

@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import fastft
 from fastft.ops.int8_layer import Int8Linear
@@ -194,3 +201,15 @@ def test_a_frozen_encoder_under_a_head_that_is_trained():
     loss.backward()
     assert model.classifier.weight.grad.abs().sum() > 0
     torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0.02)
+
+
+def test_originals_are_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="originals: expected a folder, got the file"):
+        fastft.patch(with_lora(llama()), base_weights="int8", originals=tmp_path / "file")
+
+
+def test_frozen_layers_of_another_kind_are_named():
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60)
+    report = fastft.patch(with_lora(GPT2LMHeadModel(config)), base_weights="int8")
+    assert "its frozen layers are Conv1D" in str(report)

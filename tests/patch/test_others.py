@@ -3,8 +3,10 @@
 import pytest
 import torch
 import transformers
-from models import VOCABULARY, batch
+from encoders import encoder
+from models import VOCABULARY, batch, causal_lm
 
+from fastft import library
 from fastft.patch import patch, unpatch
 
 _SIZES = {
@@ -99,3 +101,20 @@ def test_step_is_the_same(case):
     unpatch(model)
     assert torch.equal(step(model, inputs)[0], loss)
     assert model.config._attn_implementation == before
+
+
+def test_nothing_is_warned_of_that_only_fastft_asks_for(monkeypatch):
+    """transformers warns where a model without a loss, as the one inside, is asked for its own."""
+    warned = []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", warned.append)
+    patch(causal_lm("llama"))
+    patch(encoder("bert", "SequenceClassification"))
+    assert not [text for text in warned if "loss_type" in text]
+
+
+def test_the_report_tells_that_there_are_no_kernels(monkeypatch):
+    assert "_C" not in str(patch(causal_lm("llama"))) or library.extension is None
+    monkeypatch.setattr(library, "extension", None)
+    assert (
+        str(patch(causal_lm("llama"))).splitlines()[-1].startswith("warning: fastft._C is missing")
+    )

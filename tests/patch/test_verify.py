@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import batch, causal_lm, with_lora
 
 from fastft.patch import patch, verify
@@ -24,6 +25,18 @@ def test_without_labels():
     inputs = batch("none")
     del inputs["labels"]
     assert verify(causal_lm("gpt2"), inputs).ok
+
+
+@pytest.mark.parametrize("head", ["", "ForMaskedLM", "ForTokenClassification"])
+def test_without_labels_padded_states_of_an_encoder_do_not_count(head):
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=50,
+    )  # fmt: skip
+    model = getattr(transformers, f"BertModel{head}".replace("ModelFor", "For"))(config)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 0, 0]])
+    result = verify(model, {"input_ids": ids, "attention_mask": (ids > 0).long()})
+    assert result.ok, result
 
 
 @pytest.mark.parametrize("target", ["norm", "gated_mlp", "lora"])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
-from fastft.finetune.reading import column
+from fastft.finetune.reading import column, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,8 +56,7 @@ def encode(
     for number, row in enumerate(_labels(rows, where, config.multi_label)):
         for name in row:
             if name not in ids:
-                listed = ", ".join(names)
-                raise UserError(f"row {number}: the label {name!r} is not one of {listed}")
+                raise UserError(f"row {number}: the label {name!r} is not one of {listed(names)}")
         one = [float(name in row) for name in names] if config.multi_label else ids[row[0]]
         labels.append(one)
     for number, text in enumerate(texts):
@@ -120,6 +119,10 @@ def _labels(rows: "Dataset", where: str, several: bool) -> Iterator[list[str]]:
         elif isinstance(value, list | dict):
             raise UserError(
                 f"row {number}: expected one label, got {value!r}; multi_label takes several"
+            )
+        elif isinstance(value, float) and not value.is_integer():
+            raise UserError(
+                f"row {number}: the label {value!r} is a measure; classify tells classes apart"
             )
         else:
             yield [text_of(value)]

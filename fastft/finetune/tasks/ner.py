@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastft.finetune import UserError
 from fastft.finetune.data import IGNORED
-from fastft.finetune.reading import column
+from fastft.finetune.reading import column, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +24,11 @@ def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> l
         )
     if known is not None and found <= set(known):
         return list(known)
+    if all(tag.isdecimal() for tag in found):
+        raise UserError(
+            f"the tags are numbers ({', '.join(sorted(found, key=int)[:4])}, …), which do not tell "
+            "what is an entity; write their names (O, B-PER, I-PER, …)"
+        )
     return sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2], tag))
 
 
@@ -56,8 +61,7 @@ def encode(
             raise UserError(f"row {number}: {len(row)} words and {len(own)} tags")
         for tag in own:
             if tag not in ids:
-                listed = ", ".join(names)
-                raise UserError(f"row {number}: the tag {tag!r} is not one of {listed}")
+                raise UserError(f"row {number}: the tag {tag!r} is not one of {listed(names)}")
 
     def tokenize(batch: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer(
