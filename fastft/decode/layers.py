@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastft.foreign import ForeignModule
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
-from fastft.ops.int8_layer import Int8Linear, computing
+from fastft.ops.quantized_layer import QuantizedLinear, computing
 from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -105,7 +105,9 @@ def _stored(
     utils = sys.modules.get("transformers.pytorch_utils")
     transposed = utils is not None and type(module) is utils.Conv1D
     held = vars(module).get(DECODE_WEIGHT) if stored else None
-    if isinstance(module, Int8Linear):
+    if isinstance(module, QuantizedLinear):
+        if module.kind != "int8":
+            raise Unfit(f"{what} holds {module.kind} numbers, which the step does not read")
         # Its own numbers, whatever was asked to be stored: only whether inputs are rounded.
         rounds = stored and (held is None or held.stored.round_inputs)
         own = None if module.bias is None else _weight(module.bias, what)
@@ -120,12 +122,12 @@ def _stored(
 
 def is_stored(module: nn.Module) -> bool:
     """Whether it has numbers of eight bits or less for decoding."""
-    return DECODE_WEIGHT in vars(module) or isinstance(module, Int8Linear)
+    return DECODE_WEIGHT in vars(module) or isinstance(module, QuantizedLinear)
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight (out, in) of a linear layer or Conv1D that the step reads; None if it is none."""
-    if isinstance(module, Int8Linear):
+    if isinstance(module, QuantizedLinear):
         return None
     try:
         return _stored(module, "", stored=False)[0].values
@@ -213,7 +215,7 @@ def _named(module: nn.Module) -> set[str]:
         name
         for name, child in module._modules.items()
         if child is not None
-        and (child._parameters or child._modules or isinstance(child, Int8Linear))
+        and (child._parameters or child._modules or isinstance(child, QuantizedLinear))
     }
 
 

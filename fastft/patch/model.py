@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastft.foreign import ForeignModule
-from fastft.ops.int8_layer import int8_layers
+from fastft.ops.quantized_layer import quantized_layers
 from fastft.patch import base_weights as stored_base
 from fastft.patch import generate
 from fastft.patch.confirm import Unlike, unhooked
@@ -44,14 +44,17 @@ def patch(
             ("int8_weight_only" and "int4_weight_only" do not round); training does not see them.
             `verify` tells what they cost in perplexity, `unpatch` drops them.
         base_weights: "int8" makes frozen linear layers hold int8 numbers instead of their weights
-            and multiply integers, forward and backward: a quarter of the memory, for training
+            and multiply integers, forward and backward: a quarter of float32's memory, for training
             adapters. `generate` decodes from the same numbers; with decode_weights="int8" the head
             gets a copy too. The head and the embeddings stay. Merging and whatever else reads a
-            weight needs `unpatch` first. `verify` tells what it costs.
+            weight needs `unpatch` first. `verify` tells what it costs. "fp8" does the same with
+            e4m3 numbers, on CUDA devices that multiply them, where the model must lie already;
+            `generate` is transformers' own then, and decode_weights refused.
         originals: a folder for the weights that base_weights takes away: a checkpoint that has
             them, to be read again, or a place to write them. `unpatch` gives them back; without,
-            it gives back what the int8 numbers stand for, and says so.
-    Raises: TypeError or ValueError that names the argument.
+            it gives back what the numbers of eight bits stand for, and says so.
+    Raises: TypeError or ValueError that names the argument, and where the device has no fp8, what
+        it lacks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -65,9 +68,9 @@ def patch(
             replaced = []
             if base_weights is not None:
                 replaced = stored_base.store(model, base_weights, originals)
-            for layer in int8_layers(model):
-                report.add(layer, "int8_linear", "int8_product")
-            if base_weights is not None and not int8_layers(model):
+            for layer in quantized_layers(model):
+                report.add(layer, f"{layer.kind}_linear", f"{layer.kind}_product")
+            if base_weights is not None and not quantized_layers(model):
                 report.leave(model, f"base_weights={base_weights!r}: no linear layer is frozen")
             patcher.run(model)
         patcher.swap_generate(model, decode_weights)
@@ -173,8 +176,8 @@ class _Patcher:
             return
         from fastft.decode import weights
 
+        weights.check_kind(model, kind)
         if not served:
-            weights.check_kind(kind)
             self.report.leave(model, f"decode_weights={kind!r}: its generate is transformers' own")
             return
         for (name, stored), count in weights.store(model, kind).items():

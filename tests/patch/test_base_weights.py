@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import fastft
-from fastft.ops.int8_layer import Int8Linear
+from fastft.ops.quantized_layer import QuantizedLinear
 from fastft.ops.quantized_linear import dequantize, quantize
 from fastft.patch.base_weights import FILE
 
@@ -46,7 +46,7 @@ def test_which_layers_and_what_they_hold():
     weights = {n: p.clone() for n, p in model.named_parameters()}
     before = sum(p.numel() * p.element_size() for n, p in weights.items() if ".base_layer." in n)
     report = fastft.patch(model, base_weights="int8")
-    held = {n: m for n, m in model.named_modules() if isinstance(m, Int8Linear)}
+    held = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(held) == 14 and all(n.endswith(".base_layer") for n in held)
     assert report.count("int8_linear") == 14 and report.count("lora") == 14
     for name, layer in held.items():
@@ -57,7 +57,7 @@ def test_which_layers_and_what_they_hold():
     assert sum(p.numel() for n, p in model.named_parameters() if "base_layer" in n) == 0
     again = fastft.patch(model, base_weights="int8")
     assert again.count("int8_linear") == 14
-    assert {n for n, m in model.named_modules() if isinstance(m, Int8Linear)} == set(held)
+    assert {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)} == set(held)
 
 
 def test_a_base_that_is_not_frozen_is_told():
@@ -97,7 +97,7 @@ def test_unpatch_gives_the_weights_back(originals, tmp_path):
     assert ("as they were" in remarks) == originals
     assert (tmp_path / "kept" / FILE).exists() == originals
     merged = model.merge_and_unload()  # PEFT finds its weights again
-    assert not any(isinstance(m, Int8Linear) for m in merged.modules())
+    assert not any(isinstance(m, QuantizedLinear) for m in merged.modules())
 
 
 def test_originals_read_from_a_checkpoint(tmp_path):
@@ -114,7 +114,7 @@ def test_originals_read_from_a_checkpoint(tmp_path):
     other.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.data += 1
     with pytest.raises(ValueError, match="another weight"):
         fastft.patch(other, base_weights="int8", originals=tmp_path)
-    assert not any(isinstance(m, Int8Linear) for m in other.modules())
+    assert not any(isinstance(m, QuantizedLinear) for m in other.modules())
     assert not any("_fastft_swap" in vars(m) for m in other.modules())
 
 
@@ -136,7 +136,7 @@ def test_saved_models_are_ordinary(tmp_path):
     plain.load_state_dict(state)
     fastft.patch(plain, base_weights="int8")
     for one, other in zip(plain.modules(), model.modules(), strict=True):
-        if isinstance(one, Int8Linear):
+        if isinstance(one, QuantizedLinear):
             assert torch.equal(one.values, other.values)
             torch.testing.assert_close(one.scale, other.scale, rtol=2e-7, atol=0)
     model.load_state_dict(state)
@@ -171,7 +171,7 @@ def test_training_with_dropout_and_checkpointing():
 def test_scales_stay_float32():
     model = with_lora(llama())
     fastft.patch(model, base_weights="int8")
-    layer = next(m for m in model.modules() if isinstance(m, Int8Linear))
+    layer = next(m for m in model.modules() if isinstance(m, QuantizedLinear))
     scale = layer.scale.clone()
     model.half().float()
     assert layer.values.dtype is torch.int8 and torch.equal(layer.scale, scale)
@@ -188,7 +188,7 @@ def test_a_frozen_encoder_under_a_head_that_is_trained():
     ids = torch.randint(2, 60, (4, 9))
     wanted = model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss
     fastft.patch(model, base_weights="int8")
-    held = [n for n, m in model.named_modules() if isinstance(m, Int8Linear)]
+    held = [n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     assert len(held) == 13 and "classifier" not in held
     loss = model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss
     loss.backward()

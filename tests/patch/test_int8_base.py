@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fastft
 from fastft.decode.layers import DECODE_WEIGHT, Reading, read
 from fastft.decode.weights import perplexity
-from fastft.ops.int8_layer import Int8Linear, computing, int8_layers
+from fastft.ops.quantized_layer import QuantizedLinear, computing, quantized_layers
 from fastft.ops.quantized_linear import dequantize
 
 
@@ -37,7 +37,7 @@ def test_fused_adapters_are_the_composition():
     apart = copy.deepcopy(model)
     for module in apart.modules():
         if type(module).__name__ == "LlamaMLP" or hasattr(module, "lora_A"):
-            module._fastft_swap.active = False  # PEFT's own path over Int8Linear.forward
+            module._fastft_swap.active = False  # PEFT's own path over QuantizedLinear.forward
     inputs = batch()
     (loss, grads), (wanted, truth) = gradients(model, inputs), gradients(apart, inputs)
     torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=0)
@@ -48,7 +48,7 @@ def test_fused_adapters_are_the_composition():
 
 def test_decodes_from_the_same_numbers():
     model, _ = patched()
-    layers = int8_layers(model)
+    layers = quantized_layers(model)
     at = [layer.values.data_ptr() for layer in layers]
     inner = model.get_base_model()
     read_ = read(inner).layers
@@ -70,7 +70,7 @@ def test_decodes_from_the_same_numbers():
     assert not any(linear.weight.round_inputs for layer in read_ for linear in layer.linears)
     fastft.unpatch(model)
     assert not any(DECODE_WEIGHT in vars(m) for m in model.modules())
-    assert not int8_layers(model)
+    assert not quantized_layers(model)
 
 
 def test_decodes_without_an_adapter():
@@ -124,7 +124,7 @@ def test_verify_tells_what_the_base_costs(tmp_path):
     assert set(found.base.cosines) == set(truth)
     assert all(0.99 < cosine < 1 for cosine in found.base.cosines.values())
     assert "int8 base   perplexity" in str(found) and "cosine of gradients" in str(found)
-    assert all(layer.computes == "int8" for layer in int8_layers(model))
+    assert all(layer.computes == "stored" for layer in quantized_layers(model))
     kept, _ = patched()
     found = fastft.verify(kept, inputs)
     assert found.ok and isinstance(found.base, str) and "no originals" in str(found)
@@ -132,7 +132,7 @@ def test_verify_tells_what_the_base_costs(tmp_path):
 
 def test_computing_by_other_weights_ends_with_the_block(tmp_path):
     model, _ = patched(tmp_path / "kept")
-    layer = next(m for m in model.modules() if isinstance(m, Int8Linear))
+    layer = next(m for m in model.modules() if isinstance(m, QuantizedLinear))
     x = torch.randn(3, layer.in_features)
     outs = {}
     for how in ("numbers", "original"):
@@ -143,4 +143,4 @@ def test_computing_by_other_weights_ends_with_the_block(tmp_path):
     torch.testing.assert_close(outs["original"], F.linear(x, layer.original(), layer.bias))
     with pytest.raises(RuntimeError, match="stop"), computing(model, "numbers"):
         raise RuntimeError("stop")
-    assert layer.computes == "int8"
+    assert layer.computes == "stored"
