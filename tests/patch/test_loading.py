@@ -1,4 +1,4 @@
-"""load: int8 numbers as patch makes them, the checkpoint for the originals, and what it refuses."""
+"""load: eight bits as patch makes them, the checkpoint for the originals, what it refuses."""
 
 import json
 
@@ -26,11 +26,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_is_what_patch_makes_of_the_loaded_model(folder):
-    loaded, given = with_lora(fastft.load(folder)), with_lora(llama())
+def test_is_what_patch_makes_of_the_loaded_model(base, folder):
+    loaded, given = with_lora(fastft.load(folder, base_weights=base)), with_lora(llama())
     for model in (loaded, given):
-        report = fastft.patch(model, base_weights="int8")
-        assert report.count("int8_linear") == 14 and report.count("lora") == 14
+        report = fastft.patch(model, base_weights=base)
+        assert report.count(f"{base}_linear") == 14 and report.count("lora") == 14
     layers = zip(quantized_layers(loaded), quantized_layers(given), strict=True)
     assert all(torch.equal(a.values, b.values) and torch.equal(a.scale, b.scale) for a, b in layers)
     inputs = batch()
@@ -42,8 +42,8 @@ def test_is_what_patch_makes_of_the_loaded_model(folder):
     assert not any(b.is_meta for b in loaded.buffers())
 
 
-def test_the_checkpoint_keeps_the_originals(folder):
-    model = with_lora(fastft.load(folder))
+def test_the_checkpoint_keeps_the_originals(base, folder):
+    model = with_lora(fastft.load(folder, base_weights=base))
     fastft.patch(model)
     found = fastft.verify(model, batch())
     assert found.ok and found.base.perplexity[0] != found.base.perplexity[1]
