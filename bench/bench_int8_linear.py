@@ -12,9 +12,10 @@ import torch
 
 from fastft.finetune.assets import CACHE
 from fastft.finetune.demo import Settings, adamw, load_lora, local, train_step
-from fastft.ops.int8_linear import _round_rows, int8_product
+from fastft.ops.int8_linear import int8_product
 from fastft.ops.quantized_layer import quantized_layers
 from fastft.ops.quantized_linear import quantize
+from fastft.ops.round_rows import _round_rows
 from fastft.patch import patch
 
 

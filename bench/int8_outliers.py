@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.workflows import MINILM, SMOLLM, table
-from fastft.ops.int8_linear import _round_rows
 from fastft.ops.quantized_linear import dequantize, quantize
+from fastft.ops.round_rows import _round_rows
 from fastft.patch import patch
 
 TOKENS, LENGTH = 4096, 256
