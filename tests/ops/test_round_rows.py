@@ -53,6 +53,8 @@ def test_nothing_overflows():
     assert bool(scale.isfinite().all()) and bool(values.float().isfinite().all())
     kept = scale > 0
     assert bool((values[kept].float()[:, :2] == torch.tensor([448.0, -448.0])).all())
+    back = values[kept].double() * scale[kept].double()[:, None]
+    torch.testing.assert_close(back, x[kept].double(), rtol=2**-4, atol=0)
     assert bool((peaks[~kept] < 448 * 1.2e-38).all()) and not values[~kept].float().any()
 
 
