@@ -22,18 +22,18 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.calls import OPERATORS, Call, Draw
+from fuzz.calls import TRAINING
+from fuzz.decoding_calls import DECODING
+from fuzz.draw import Call, Draw
 from truth import assert_as_exact
 
 from fastft.library import extension
 
-# One call has few numbers, and luck a share in which of two roundings was the better; what is
-# wrong is wrong by more.
-FACTOR, ULPS = 4.0, 16.0
+OPERATORS = {f.__name__: f for f in (*TRAINING, *DECODING)}
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 REFUSALS = (ValueError, TypeError)
-# PyTorch's own function, with its errors.
-PLAIN = {"linear": (RuntimeError,)}
+# PyTorch's own function with its errors, and one that lies behind what checks.
+PLAIN = {"linear": (RuntimeError,), "decoder_layer": (RuntimeError,)}
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def one(name: str, number: int, seed: int, again: int = 0) -> str:
         return _special(name, call, draw)
     if kind < 0.45:
         call = _aliased(name, call, draw)
-    assert_as_exact(call.ours, call.eager, call.args, FACTOR, ULPS)
+    assert_as_exact(call.ours, call.eager, call.args)
     return "exact"
 
 
@@ -131,11 +131,20 @@ def _special(name: str, call: Call, draw: Draw) -> str:
         flat[draw.randrange(flat.numel())] = value
     for i in floats:
         args[i].requires_grad_(call.args[i].requires_grad)
-    got, wanted = (_first(f(*args)) for f in (call.ours, call.eager))
+    try:
+        got, wanted = (_first(f(*args)) for f in (call.ours, call.eager))
+    except ValueError:
+        if name != "quantize":
+            raise
+        return "refused"
     assert got.shape == wanted.shape
     if value != value:  # a NaN is not lost, and touches nothing else
         # But which of the values that a mask multiplies by 0 are read is left open.
-        same = torch.equal(got.isnan(), wanted.isnan()) or name in ("attention", "decode")
+        same = torch.equal(got.isnan(), wanted.isnan()) or name in (
+            "attention",
+            "decode",
+            "decoder_layer",
+        )
         assert same, f"NaN in {int(got.isnan().sum())} places"
     if got.requires_grad:
         got.float().sum().backward()
@@ -175,7 +184,7 @@ def _spoiled(name: str, call: Call, draw: Draw) -> str:
 
 
 def _repeated(name: str, number: int, seed: int) -> str:
-    """What is wrong is wrong again; a sum that happens to be nearly 0 is not."""
+    """What is wrong is wrong again. Luck is not: a call has few numbers, a sum may be nearly 0."""
     for again in range(3):
         try:
             return one(name, number, seed, again)
