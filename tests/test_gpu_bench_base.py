@@ -6,7 +6,7 @@ import pytest
 
 import fastft
 from bench.gpu import base as bench_base
-from bench.gpu import measure, peers
+from bench.gpu import measure, peers, products
 from bench.gpu.base import NAMES, PLAIN, base_bytes
 from bench.gpu.case import Here, Row, Skip
 from bench.gpu.measure import Session
@@ -24,14 +24,21 @@ def test_fp8_is_a_side_where_it_can_be(monkeypatch):
     assert [row.side for row in report.rows] == ["eager", PLAIN, "fastft"]
     assert report.skipped == {"fastft fp8": "the layers lie on cpu"}
     assert [verdict is None for _, verdict in report.goals] == [False, True]
-    for place in ("fastft.ops.fp8_linear.why_not", "bench.gpu.base.why_not"):
-        monkeypatch.setattr(place, lambda device: None)
+    monkeypatch.setattr("fastft.ops.fp8_linear.why_not", lambda device: None)
     report = bench_base.step(SESSION, LLAMA_1B)
     assert [row.side for row in report.rows] == ["eager", PLAIN, "fastft", "fastft fp8"]
     assert not report.skipped and not report.failed
     told = " ".join(report.notes)
     assert "14 layers of int8" in told and "14 layers of fp8" in told
     assert "fastft fp8 0.1" in told and "eager 0.1" in told
+
+
+def test_a_layer_of_each_kind(base):
+    """Where fp8 is not refused (on the CPU by the fixture), both are measured."""
+    report = products.frozen_layer(SESSION, LLAMA_1B)
+    assert [row.side for row in report.rows][:2] == ["eager", "fastft"]
+    assert ("fastft fp8" in report.skipped) == (base == "int8")
+    assert len(report.rows) == (2 if base == "int8" else 3)
 
 
 def test_bytes_of_the_base(base):

@@ -18,7 +18,7 @@ from bench.gpu.case import Case, Goal, Here, Report, Row, Skip
 from bench.gpu.measure import Session, Side
 from bench.gpu.shapes import LLAMA_1B, LLAMA_8B, Shape
 from bench.gpu.steps import Steps, causal_lm, causal_steps, patched, with_lora
-from fastft.ops.fp8_linear import why_not
+from fastft.ops import fp8_linear
 
 PLAIN = "fastft, base as it is"
 NAMES = {"int8": "fastft", "fp8": "fastft fp8"}
@@ -49,7 +49,7 @@ def _own_side(work: Steps, model: nn.Module) -> Side:
 def _over(work: Steps, kind: str, held: dict[str, int], notes: list[str]) -> Side:
     """fastft over its base of this kind. Raises: Skip where the card has no such products."""
     device = next(work.model.parameters()).device
-    lacking = why_not(device) if kind == "fp8" else None
+    lacking = fp8_linear.why_not(device) if kind == "fp8" else None
     if lacking is not None:
         raise Skip(lacking)
     # A copy of its own: the weights that it gives up are the other sides' otherwise.

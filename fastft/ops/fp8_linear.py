@@ -39,6 +39,7 @@ from fastft.ops.round_rows import FP8, _round_rows_fp8
 # 4 bits, and PyTorch's kernel without it is far slower (pytorch/pytorch#147971).
 _FAST_SUMS = True
 _MULTIPLE = 16
+_TRIED = 128  # rows and columns of the product that tells whether there is one
 CAPABILITY = (8, 9)  # Ada; then Hopper, Blackwell
 
 
@@ -124,11 +125,11 @@ def why_not(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"the {name} has compute capability {major}.{minor}"
     # Some builds of PyTorch lack the product for some cards: that only trying it tells.
-    ones = torch.ones(_MULTIPLE, _MULTIPLE, device=device).to(FP8)
-    scale = torch.ones(_MULTIPLE, device=device)
+    ones = torch.ones(_TRIED, _TRIED, device=device).to(FP8)
+    scale = torch.ones(_TRIED, device=device)
     try:
         y = _fp8_product(ones, scale, ones, scale, None, False, torch.bfloat16)
-        right = bool((y == _MULTIPLE).all())
+        right = bool((y == _TRIED).all())
     except RuntimeError as error:
         return f"PyTorch's product does not run there: {str(error).splitlines()[0]}"
     return None if right else "PyTorch's product gives a wrong result there"
