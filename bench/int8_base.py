@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench import base_kinds, int8_large, int8_outliers, workflows
-from bench.workflows import MINILM, ROOT, SMOLLM, fastft, reviews, table, write
+from bench.workflow_data import reviews, write
+from bench.workflows import MINILM, ROOT, SMOLLM, fastft, table
 
 RESULTS = ROOT / "bench/results/int8-base.md"
 SEEDS = (0, 1, 2)

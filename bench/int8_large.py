@@ -61,7 +61,7 @@ def run(side: str, folder: str) -> dict:
     from transformers import AutoModelForCausalLM
 
     import fastft
-    from fastft.finetune.memory_use import peak
+    from fastft.decode.peak_memory import peak_of_process
 
     start = time.perf_counter()
     if side == "eager":
@@ -86,8 +86,8 @@ def run(side: str, folder: str) -> dict:
         taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         losses.append(loss.item())
     seconds, processor = (statistics.median(column) for column in zip(*taken[1:], strict=True))
-    return {"loaded": loaded, "step": seconds, "processor": processor, "peak": peak(),
-            "loss": losses[0]}  # fmt: skip
+    return {"loaded": loaded, "step": seconds, "processor": processor,
+            "peak": peak_of_process(), "loss": losses[0]}  # fmt: skip
 
 
 def section(work: Path, threads: int) -> str:

@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from bench.workflow_data import news, reviews, small_gpt2, texts, write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/workflows-cpu.md"
@@ -41,27 +43,10 @@ def fastft(command: str, output: Path, **settings) -> dict:
     return json.loads(beside.read_text())
 
 
-def write(path: Path, rows: Iterable[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
-
-
 def table(rows: Sequence[Sequence]) -> str:
     """Rows as a Markdown table, the first its head."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def reviews(folder: Path, train: int, test: int) -> Path:
-    """Rotten Tomatoes as a folder of train and test files, no text in both."""
-    from fastft.finetune import assets, labelled
-
-    parts = labelled.read_reviews(assets.dataset("reviews"), "rotten_tomatoes", test)
-    for name, pairs, count in zip(("train", "test"), parts, (train, test), strict=True):
-        rows = [{"text": t, "label": labelled.SENTIMENTS[label]} for t, label in pairs[:count]]
-        write(folder / f"{name}.jsonl", rows)
-    return folder
 
 
 def sentiment(work: Path) -> str:
@@ -92,17 +77,16 @@ def entities(work: Path) -> str:
     for part, count in (("train", 1000), ("test", 500)):
         sentences = labelled.read_conll(source / f"{part}.txt")[:count]
         write(work / f"data/{part}.jsonl", ({"tokens": w, "tags": t} for w, t in sentences))
-    rows = [("method", "precision", "recall", "entity F1", "seconds", "peak memory")]
-    for method in ("full",):
-        found = fastft(
-            "train", work / method, model=MINILM, data=work / "data", task="ner", method=method,
-            epochs=3, validation=0,
-        )  # fmt: skip
-        scores = [found["test"][f"{name}_micro"] for name in ("precision", "recall", "f1")]
-        rows.append((
-            method, *(f"{score:.3f}" for score in scores), f"{found['seconds']:.0f}",
-            f"{found['peak_memory_bytes'] / 2**20:.0f} MB",
-        ))  # fmt: skip
+    found = fastft(
+        "train", work / "full", model=MINILM, data=work / "data", task="ner", method="full",
+        epochs=3, validation=0,
+    )  # fmt: skip
+    scores = (found["test"][f"{name}_micro"] for name in ("precision", "recall", "f1"))
+    rows = [
+        ("method", "precision", "recall", "entity F1", "seconds", "peak memory"),
+        ("full", *(f"{score:.3f}" for score in scores), f"{found['seconds']:.0f}",
+         f"{found['peak_memory_bytes'] / 2**20:.0f} MB"),
+    ]  # fmt: skip
     return (
         f"CoNLL-2003, {MINILM} (uncased): `fastft train --task ner`, the first 1000 sentences for "
         "training, the first 500 of the test, 3 epochs; seqeval's scores.\n\n" + table(rows)
@@ -175,38 +159,6 @@ FROM_SCRATCH = dict(
 )  # fmt: skip
 
 
-def texts(folder: Path, count: int = 3000) -> Path:
-    """Rotten Tomatoes as text files, a review a line."""
-    from fastft.finetune import assets, labelled
-
-    pairs = labelled.read_reviews(assets.dataset("reviews"), "rotten_tomatoes", 500)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("train", "test"), (pairs[0][:count], pairs[1]), strict=True):
-        (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text, _ in part))
-    return folder
-
-
-def small_gpt2(folder: Path, text: Path) -> Path:
-    """A GPT-2 of two layers with random weights, and a tokenizer learned from text."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    learned = ByteLevelBPETokenizer()
-    learned.train([str(text)], vocab_size=4096, special_tokens=["<end>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=learned._tokenizer, bos_token="<end>", eos_token="<end>"
-    )
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=4096, n_positions=256, n_embd=128, n_layer=2, n_head=4,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def prompting(work: Path) -> str:
     data = reviews(work / "data", train=200, test=200)
     rows = [("examples", "calibrated", "accuracy", "F1", "expected calibration error")]
@@ -258,25 +210,12 @@ def forgetting(work: Path) -> str:
             numbers[0] = rows[1][1] + " (adapter off)"
         rows.append((name, *numbers, f"{seconds[name]:.0f}" if name in seconds else ""))
     return (
-        "The GPT-2 of the last section learns 3000 reviews, then 3000 sentences of news "
+        "The GPT-2 of the text file's section learns 3000 reviews, then 3000 sentences of news "
         "(CoNLL-2003's text) by `fastft train --model first ...`: plainly, with `--replay 0.5`, "
         "`--ewc 300`, `--distill 1`, and as a LoRA adapter beside the first model "
         "(`--adapter-name`). Test perplexity of both texts afterwards (`fastft evaluate`); the "
         "first row is before the news.\n\n" + table(rows)
     )
-
-
-def news(folder: Path) -> Path:
-    """CoNLL-2003's sentences as text files."""
-    from fastft.finetune import assets, labelled
-
-    source = Path(assets.dataset("conll2003"))
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, count in (("train", 3000), ("test", 800)):
-        sentences = labelled.read_conll(source / f"{part}.txt")[:count]
-        lines = (" ".join(words) + "\n" for words, _ in sentences)
-        (folder / f"{part}.txt").write_text("".join(lines))
-    return folder
 
 
 def search(work: Path) -> str:

@@ -24,7 +24,7 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "fastft.finetune.train",
         "TrainConfig",
         "train",
-        "fine-tune a model: classify, ner, lm or sft, by any of ten methods",
+        "fine-tune a model to classify, tag, continue texts or answer, by any of ten methods",
     ),
     "evaluate": (
         "fastft.finetune.evaluate",
@@ -36,19 +36,19 @@ CONFIGURED: dict[str, tuple[str, str, str, str]] = {
         "fastft.finetune.generating",
         "GenerateConfig",
         "generate",
-        "continue prompts, by templates and examples, into jsonl",
+        "continue prompts, written by templates and examples, into a jsonl file",
     ),
     "search": (
         "fastft.finetune.search",
         "SearchConfig",
         "search",
-        "train over a space of settings: grid, random or Bayesian, pruned, resumable",
+        "train with many settings and keep the best: grid, random or Bayesian",
     ),
     "merge": (
         "fastft.finetune.merge",
         "MergeConfig",
         "merge",
-        "an adapter merged into its model, checked; several adapters in one folder",
+        "merge an adapter into its model, checked; or collect several in one folder",
     ),
     "bench": (
         "fastft.finetune.bench",
@@ -109,14 +109,28 @@ def _add_demo(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = demo.add_argument
-    option("--model", default="SmolLM2-135M-Instruct", help="that one, a folder, or a hub name")
-    option("--data", default="alpaca", help="that one, or a JSON file in alpaca's format")
+    option(
+        "--model",
+        default="SmolLM2-135M-Instruct",
+        help="SmolLM2-135M-Instruct, a folder, or a hub name",
+    )
+    option("--data", default="alpaca", help="alpaca, or a JSON file in its format")
     option("--steps", type=_positive, default=10, help="optimizer steps of each side")
     option("--batch", type=_positive, default=8, help="examples per step")
     option("--longest", type=_positive, default=192, help="records with more tokens are left out")
     option("--rank", type=_positive, default=8, help="LoRA rank, on all linear layers")
-    option("--seed", type=int, default=0, help="of LoRA's weights and the order of the data")
-    option("--threads", type=_positive, help="threads of the CPU; default: PyTorch's choice")
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        help="LoRA's weights and the data's order are drawn by it",
+    )
+    option(
+        "--threads",
+        type=_positive,
+        default=argparse.SUPPRESS,  # of None, the help would tell
+        help="of the CPU; default: PyTorch's choice",
+    )
     option("--output", default="runs/demo", help="folder for curves, metrics and adapter")
     option("--cache", default="~/.cache/fastft", help="folder for downloads")
     demo.set_defaults(run=_demo)

@@ -69,6 +69,36 @@ def test_the_rules_see_every_form_of_import(tmp_path):
     assert parts(imports(file)) == {"cli", "patch"}
 
 
+def bound(path: Path) -> set[str]:
+    """Names that a file binds outside functions, and the modules beside an __init__.py."""
+    found = {p.stem for p in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    nodes = list(ast.parse(path.read_text()).body)
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("folder", ["bench", "tests"])
+def test_what_is_imported_within_functions_exists(folder):
+    # The checks that need hours, a GPU or another machine run seldom.
+    for path in ROOT.glob(f"{folder}/**/*.py"):
+        for name in imports(path):
+            module, _, last = name.rpartition(".")
+            if module.split(".")[0] not in ("fastft", "bench", "tests"):
+                continue
+            file = ROOT / module.replace(".", "/")
+            file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+            if file.exists():  # kernels/ is not there as fastft.kernels
+                assert last in bound(file), f"{path.relative_to(ROOT)} imports {name}"
+
+
 def python(code: str) -> str:
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

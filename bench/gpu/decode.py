@@ -1,7 +1,5 @@
 """Decoding: fastft.generate against transformers' ways, and the operators made for it."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -14,20 +12,15 @@ from bench.gpu.measure import Session, Side
 from bench.gpu.shapes import LLAMA_1B, LLAMA_8B, RANK, Shape
 from bench.gpu.steps import causal_lm, patched, sharing, with_lora
 from fastft import generate as fastft_generate
-from fastft.decode.layers import DECODE_WEIGHT
+from fastft.decode.linears import DECODE_WEIGHT
 from fastft.decode.output import Stats
 from fastft.decode.weights import DecodeWeight
+from fastft.ops import quantized_linear as storage
+from fastft.ops.decode_attention import decode_attention as fused_attention
 
 PROMPT, NEW = 512, 64
 # Settings with which a pass of the model is more than one token, so that it has no floor.
 DRAFTING = {"prompt_lookup_num_tokens", "assistant_model", "speculation"}
-
-
-def operator(name: str):
-    """The module fastft.ops.<name>."""
-    if importlib.util.find_spec(f"fastft.ops.{name}") is None:
-        raise Skip(f"fastft has no {name} yet")
-    return importlib.import_module(f"fastft.ops.{name}")
 
 
 @dataclass
@@ -203,7 +196,6 @@ def generate_compiled(session: Session, shape: Shape, rows: int) -> Report:
 
 def decode_attention(session: Session, shape: Shape, rows: int) -> Report:
     """One query per row over caches of different lengths."""
-    function = operator("decode_attention").decode_attention
     here, shape = session.here, shape.here(session.here)
     capacity = 32 if here.toy else 8192
     query = randn(here, rows, 1, shape.heads, shape.head_dim)
@@ -220,7 +212,7 @@ def decode_attention(session: Session, shape: Shape, rows: int) -> Report:
     seen = int(lengths.sum()) * shape.kv_heads * shape.head_dim
     sides = {
         "eager": Side(eager),
-        "fastft": Side(lambda: (function(query, keys, values, lengths),)),
+        "fastft": Side(lambda: (fused_attention(query, keys, values, lengths),)),
     }
     floor = Floor(bytes=2 * seen * keys.element_size())
     return session.measure(sides, floor=floor).judge(BANDWIDTH)
@@ -228,15 +220,14 @@ def decode_attention(session: Session, shape: Shape, rows: int) -> Report:
 
 def quantized_linear(session: Session, shape: Shape, bits: int, rows: int, lora: bool) -> Report:
     """x W^T for a few rows; the floor reads the stored weight once."""
-    module = operator("quantized_linear")
     here, shape = session.here, shape.here(session.here)
     x = randn(here, rows, shape.hidden)
     weight = randn(here, shape.intermediate, shape.hidden, std=shape.hidden**-0.5)
     a = randn(here, RANK, shape.hidden, std=shape.hidden**-0.5)
     b = randn(here, shape.intermediate, RANK, std=0.1)
-    stored = weight if bits == 16 else module.quantize(weight, bits)
-    plain = weight if bits == 16 else module.dequantize(stored, here.dtype)
-    adapter = module.Adapter(a, b, 2.0) if lora else None
+    stored = weight if bits == 16 else storage.quantize(weight, bits)
+    plain = weight if bits == 16 else storage.dequantize(stored, here.dtype)
+    adapter = storage.Adapter(a, b, 2.0) if lora else None
 
     def eager():
         y = F.linear(x, plain)
@@ -244,7 +235,7 @@ def quantized_linear(session: Session, shape: Shape, bits: int, rows: int, lora:
 
     sides = {
         "eager": Side(eager),
-        "fastft": Side(lambda: (module.quantized_linear(x, stored, None, adapter),)),
+        "fastft": Side(lambda: (storage.quantized_linear(x, stored, None, adapter),)),
     }
     floor = Floor(bytes=weight.numel() * bits // 8)
     return session.measure(sides, floor=floor).judge(BANDWIDTH)

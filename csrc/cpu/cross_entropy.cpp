@@ -133,7 +133,9 @@ void cross_entropy_forward(const CrossEntropy& a) {
         Stats stats = forward_row<decltype(element)>(a, row, label);
         a.stats[2 * row] = stats.maximum, a.stats[2 * row + 1] = stats.sum;
       },
-      [&](auto, int64_t row) { a.losses[row] = 0.f, a.stats[2 * row] = 0.f, a.stats[2 * row + 1] = 1.f; });
+      [&](auto, int64_t row) {
+        a.losses[row] = 0.f, a.stats[2 * row] = 0.f, a.stats[2 * row + 1] = 1.f;
+      });
 }
 
 void cross_entropy_backward(const CrossEntropy& a) {

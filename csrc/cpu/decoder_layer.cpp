@@ -356,8 +356,10 @@ void Step::run() const {
     for (int i = 0; i < count; ++i) compute(*layers[i], caches[i], b, carried, i == 0);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < stream; i += kWidth)
-      if (i + kWidth <= stream) store(a.out + i, load(carried + i) + load(b.branch + i));
-      else store(a.out + i, load(carried + i, stream - i) + load(b.branch + i, stream - i), stream - i);
+      if (const int64_t left = stream - i; left >= kWidth)
+        store(a.out + i, load(carried + i) + load(b.branch + i));
+      else
+        store(a.out + i, load(carried + i, left) + load(b.branch + i, left), left);
   }
 }
 

@@ -19,74 +19,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _check(scores: Tensor, draft: Tensor, q: Tensor | None) -> None:
-    if draft.dim() != 1 or draft.is_floating_point():
-        found = f"{tuple(draft.shape)} of {draft.dtype}"
-        raise ValueError(f"draft: expected token ids of shape (n,), got {found}")
-    n = len(draft)
-    if scores.dim() != 2 or len(scores) != n + 1:
-        got = tuple(scores.shape)
-        raise ValueError(f"scores: expected ({n + 1}, vocabulary) for {n} drafted, got {got}")
-    if q is not None and q.shape != (n, scores.shape[1]):
-        raise ValueError(f"q: expected {(n, scores.shape[1])}, got {tuple(q.shape)}")
-
-
-def accept_greedy(scores: Tensor, draft: Tensor) -> tuple[int, int]:
-    """How many drafted tokens are those of greedy decoding, and the token after them.
-
-    scores: (n + 1, vocabulary) processed logits, at the last token and at each of the n drafted;
-    draft: (n,) token ids. Ties go where torch.argmax takes them. ValueError for shapes that do not
-    fit, and for NaN in a row that decides; what follows a rejected token decides nothing.
-    """
-    _check(scores, draft, None)
-    best = scores.argmax(1)  # (n + 1,); where there is NaN, that is taken for the largest
-    broken = scores.gather(1, best[:, None])[:, 0].isnan()
-    # -1 is no token, so the first broken row also ends the acceptance. One read of the device.
-    best, guess = torch.stack((best.masked_fill(broken, -1), F.pad(draft, (0, 1)))).tolist()
-    accepted = 0
-    while accepted < len(draft) and best[accepted] == guess[accepted]:
-        accepted += 1
-    if best[accepted] < 0:
-        raise ValueError(f"scores: expected numbers, got NaN in row {accepted}")
-    return accepted, best[accepted]
-
-
 def accept_sampled(
     scores: Tensor,
     draft: Tensor,
     q: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[int, int]:
-    """How many drafted tokens are accepted, and the token sampled after them.
-
-    scores: (n + 1, vocabulary) processed logits, of any floating dtype; -inf is a token that
-    cannot come. draft: (n,) token ids below vocabulary. q: (n, vocabulary) probabilities the draft
-    was drawn with, None for a draft that is a fixed guess. generator: on the device of scores,
-    torch's own without. The rule is at the head of this file. ValueError for shapes that do not
-    fit, and for NaN or a row without a finite maximum where they decide.
-    """
-    _check(scores, draft, q)
-    accepted, token = accept_sampled_rows(
-        scores[None], draft[None], None if q is None else q[None], generator
-    )
-    accepted, token = torch.cat((accepted, token)).tolist()  # one read of the device
-    if token < 0:
-        name, what = ("scores", "a finite maximum") if token == -1 else ("q", "probabilities")
-        raise ValueError(f"{name}: expected {what} and no NaN in row {accepted}")
-    return accepted, token
-
-
-def accept_sampled_rows(
-    scores: Tensor,
-    draft: Tensor,
-    q: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """accept_sampled for rows with drafts of one length, without a read of the device.
+    """How many drafted tokens of each row are accepted, and the token sampled after them.
 
-    scores: (rows, n + 1, vocabulary), draft: (rows, n), q: (rows, n, vocabulary) or None. Returns
-    (rows,) accepted and (rows,) tokens; -1 in place of a token where scores have NaN or no finite
-    maximum, -2 where q has NaN.
+    The rule is at the head of this file; nothing is read from the device.
+
+    Args:
+        scores: (rows, n + 1, vocabulary) processed logits, of any floating dtype, at the last token
+            and at each of the n drafted; -inf is a token that cannot come.
+        draft: (rows, n) token ids below vocabulary.
+        q: (rows, n, vocabulary) probabilities the draft was drawn with; None: it is a fixed guess.
+        generator: on the device of scores; None: PyTorch's.
+    Returns: (rows,) accepted and (rows,) tokens; in place of a token -1 where scores have NaN or no
+        finite maximum where they decide, -2 where q has NaN.
     """
     n = draft.shape[1]
     p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))

@@ -79,7 +79,7 @@ class GraphStep(FusedStep):
         adapter_names: Sequence[str] | None = None,
         make_graphs: Callable[[torch.device], CudaGraphs] = CudaGraphs,
     ) -> None:
-        """Raises: layers.Unfit."""
+        """Raises: linears.Unfit."""
         self.make_graphs = make_graphs
         self.graphs: Any = None  # what make_graphs made, from the first step on
         self.shapes: dict[tuple[int, int, int], _Shape] = {}
@@ -160,7 +160,7 @@ def fused_step(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
     """The fused step of the model's device: a GraphStep on CUDA.
 
     adapter_names: one per row, "__base__" for none; None: the active adapter for all.
-    Raises: layers.Unfit.
+    Raises: linears.Unfit.
     """
     kind = GraphStep if next(model.parameters()).is_cuda else FusedStep
     return kind(model, adapter_names)

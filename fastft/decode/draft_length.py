@@ -201,9 +201,8 @@ class DraftLength:
     def _best(self, offers: Any) -> list[int]:
         """The lengths with most tokens per second."""
         best = [0] * len(offers)
-        rate = (
-            1.02 * len(offers) / self._step(len(offers))
-        )  # a gain too small to be sure of is none
+        # A gain too small to be sure of is none.
+        rate = 1.02 * len(offers) / self._step(len(offers))
         rows = [
             (self.acceptance(row, kind), index, min(available, self._longest))
             for index, (row, available, kind) in enumerate(offers)

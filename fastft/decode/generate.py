@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastft.decode import layers as reading
 from fastft.decode.cache_name import own_name, renamed
 from fastft.decode.cuda_graph import fused_step
 from fastft.decode.exit_head import ExitHead
+from fastft.decode.linears import Unfit
 from fastft.decode.loop import Run
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Stats
@@ -61,12 +61,12 @@ def _begin(
             step = step if adapter_names is None else fused_step(inner, adapter_names)
         if not step.bit_exact:
             stats.exact = _TIES
-    except reading.Unfit as unfit:
+    except Unfit as unfit:
         if speculation is None or adapter_names is not None:
             raise HandOver(str(unfit)) from unfit
         try:
             step = ModuleStep(inner)
-        except reading.Unfit as other:
+        except Unfit as other:
             raise HandOver(f"{unfit}; {other}") from other
         if prepared.cache is not None:
             raise HandOver(str(unfit)) from unfit

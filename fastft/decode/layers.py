@@ -5,36 +5,28 @@ a few tokens. The weights stay where they are; what is read here are references,
 of `fastft.generate`, so training in place is seen by the next one.
 """
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fastft.decode.linears import Reading, Unfit, check_plain, plain_weight, read_linear
 from fastft.foreign import ForeignModule
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
 from fastft.ops.quantized_layer import QuantizedLinear, computing
-from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
 _ATTENTION = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"})
 _MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 _HEAD_NORMS = {"q_norm", "k_norm"}
-# Modules without weights that are computed here by what they are.
-_PASSIVE = (nn.Dropout, nn.Identity)
-DECODE_WEIGHT = "_fastft_decode_weight"
 _ACTIVATION_NAMES = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
-
-
-class Unfit(Exception):
-    """The fused step does not cover this model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,123 +49,13 @@ class FusedModel:
 
     @property
     def inputs(self) -> int:
+        """How many linears make query, key and value."""
         return 1 if len(self.layers[0].linears) == 4 else 3
 
     @property
     def head_dim(self) -> int:
         output = self.layers[0].linears[self.inputs]
         return output.weight.shape[1] // self.layers[0].heads
-
-
-@dataclass(frozen=True)
-class Reading:
-    """names: the adapters rows choose from, None for the active one; stored: use DECODE_WEIGHTs."""
-
-    names: tuple[str, ...] | None = None
-    stored: bool = True
-
-
-def _own(module: nn.Module, what: str) -> None:
-    """Refuses a module that computes more than its class does, which its weights do not tell."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise Unfit(f"hooks on {what}")
-    function = getattr(vars(module).get("forward"), "__func__", None)
-    # What fastft.patch puts there computes the same.
-    if "forward" in vars(module) and not getattr(function, "is_fastft", False):
-        raise Unfit(f"{what} has a forward of its own")
-
-
-def _child(module: nn.Module, name: str) -> ForeignModule:
-    child = getattr(module, name)
-    _own(child, name)
-    return child
-
-
-def _weight(tensor: Tensor, what: str) -> Tensor:
-    data = tensor.detach()
-    if type(data) is not Tensor or data.is_meta:
-        raise Unfit(f"{what} is a {type(data).__name__}")
-    if data.dtype not in FLOATS:
-        raise Unfit(f"{what} is of {data.dtype}")
-    return data
-
-
-def _stored(
-    module: ForeignModule, what: str, stored: bool
-) -> tuple[QuantizedWeight, Tensor | None]:
-    """Weight (out, in) and bias of a plain linear layer or of GPT-2's Conv1D."""
-    utils = sys.modules.get("transformers.pytorch_utils")
-    transposed = utils is not None and type(module) is utils.Conv1D
-    held = vars(module).get(DECODE_WEIGHT) if stored else None
-    if isinstance(module, QuantizedLinear):
-        if module.kind != "int8":
-            raise Unfit(f"{what} holds {module.kind} numbers, which the step does not read")
-        # Its own numbers, whatever was asked to be stored: only whether inputs are rounded.
-        rounds = stored and (held is None or held.stored.round_inputs)
-        own = None if module.bias is None else _weight(module.bias, what)
-        return replace(module.stored, round_inputs=rounds), own
-    if type(module) is not nn.Linear and not transposed:
-        raise Unfit(f"{what} is a {type(module).__name__}")
-    weight = _weight(module.weight, what)
-    weight = weight.t() if transposed else weight
-    bias = None if module.bias is None else _weight(module.bias, what)
-    return QuantizedWeight(weight) if held is None else held.current(weight), bias
-
-
-def is_stored(module: nn.Module) -> bool:
-    """Whether it has numbers of eight bits or less for decoding."""
-    return DECODE_WEIGHT in vars(module) or isinstance(module, QuantizedLinear)
-
-
-def weight_of(module: nn.Module) -> Tensor | None:
-    """The weight (out, in) of a linear layer or Conv1D that the step reads; None if it is none."""
-    if isinstance(module, QuantizedLinear):
-        return None
-    try:
-        return _stored(module, "", stored=False)[0].values
-    except Unfit:
-        return None
-
-
-def read_linear(module: nn.Module, what: str, how: Reading) -> Linear:
-    """A linear layer with the adapters that are asked for."""
-    names = how.names
-    _own(module, what)
-    peft_lora = sys.modules.get("peft.tuners.lora.layer")
-    if peft_lora is None or not isinstance(module, peft_lora.LoraLayer):
-        held, bias = _stored(module, what, how.stored)
-        return Linear(held, bias, (None,) * (1 if names is None else len(names)))
-    base = module.get_base_layer()
-    _own(base, what)
-    held, bias = _stored(base, what, how.stored)
-    if names is not None:
-        if module.merged:
-            raise Unfit("adapter_names with merged adapters")
-        return Linear(held, bias, tuple(_adapter(module, name, what) for name in names))
-    if module.disable_adapters and module.merged:
-        raise Unfit("disabled adapters that are still merged")
-    if module.disable_adapters or module.merged:
-        return Linear(held, bias, (None,))
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if len(active) > 1:
-        raise Unfit("several active adapters")
-    return Linear(held, bias, (_adapter(module, active[0], what) if active else None,))
-
-
-def _adapter(module: ForeignModule, name: str, what: str) -> Adapter | None:
-    if name not in module.lora_A:
-        return None
-    if name in module.lora_variant:
-        raise Unfit(f"a LoRA variant such as DoRA on {what}")
-    low, high = module.lora_A[name], module.lora_B[name]
-    for part in (low, high, module.lora_dropout[name]):
-        _own(part, what)
-    if type(low) is not nn.Linear or type(high) is not nn.Linear or high.bias is not None:
-        raise Unfit(f"adapter factors of {what} that are no plain nn.Linear")
-    if low.weight.shape[0] > MAX_RANK:
-        raise Unfit(f"rank {low.weight.shape[0]} of {what} is above {MAX_RANK}")
-    a, b = _weight(low.weight, what), _weight(high.weight, what)
-    return Adapter(a, b, float(module.scaling[name]))
 
 
 @dataclass(frozen=True)
@@ -185,7 +67,7 @@ class Kind:
 
 
 def _norm(module: nn.Module) -> tuple[Kind, NormWeight]:
-    _own(module, "a norm")
+    check_plain(module, "a norm")
     names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
     eps = next((v for n in names if isinstance(v := getattr(module, n, None), float)), None)
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
@@ -194,7 +76,7 @@ def _norm(module: nn.Module) -> tuple[Kind, NormWeight]:
     center = isinstance(module, nn.LayerNorm)
     if bias is not None and not center:
         raise Unfit(f"{type(module).__name__} is no norm that is known")
-    read = (None if t is None else _weight(t, "a norm") for t in (weight, bias))
+    read = (None if t is None else plain_weight(t, "a norm") for t in (weight, bias))
     return Kind(eps, center), NormWeight(*read)
 
 
@@ -207,6 +89,12 @@ def _activation(module: nn.Module, what: str) -> str:
             exact = getattr(module, "approximate", "none") == "none"
             return "gelu" if type(module) is nn.GELU and exact else activation
     raise Unfit(f"activation {type(module).__name__} of {what}")
+
+
+def _child(module: nn.Module, name: str) -> ForeignModule:
+    child = getattr(module, name)
+    check_plain(child, name)
+    return child
 
 
 def _named(module: nn.Module) -> set[str]:
@@ -306,13 +194,13 @@ def draws_dropout(model: nn.Module) -> bool:
     return False
 
 
-def read(model: ForeignModule, how: Reading = Reading(), dropout: bool = False) -> FusedModel:
+def read(model: ForeignModule, how: Reading | None = None, dropout: bool = False) -> FusedModel:
     """The model as the fused step takes it; with `dropout`, as if it were in evaluation mode.
 
     Raises: Unfit that says why this model takes another path.
     """
     try:
-        return _read(model, how, dropout)
+        return _read(model, how or Reading(), dropout)
     except AttributeError as error:  # a class that has the parts under other names
         raise Unfit(f"{type(model).__name__} is made otherwise: {error}") from error
 
@@ -337,12 +225,12 @@ def _read(model: ForeignModule, how: Reading, dropout: bool) -> FusedModel:
     elif hasattr(base, "h") and hasattr(base, "wpe"):
         parts, read_layer, made_of = base.h, _gpt2_layer, _BLOCK
         final, embedding, rotary = base.ln_f, base.wte, None
-        positions = _weight(_child(base, "wpe").weight, "positions")
+        positions = plain_weight(_child(base, "wpe").weight, "positions")
     else:
         raise Unfit(f"{type(base).__name__} has neither Llama's nor GPT-2's parts")
     layers = []
     for layer in parts:
-        _own(layer, "a layer")
+        check_plain(layer, "a layer")
         if _named(layer) != made_of:
             raise Unfit(f"{type(layer).__name__} has other parts than {sorted(made_of)}")
         layers.append(read_layer(layer, how))
@@ -354,8 +242,8 @@ def _read(model: ForeignModule, how: Reading, dropout: bool) -> FusedModel:
         raise Unfit("a final norm of another kind than the layers'")
     if type(embedding) is not nn.Embedding:
         raise Unfit(f"an embedding of type {type(embedding).__name__}")
-    _own(embedding, "the embedding")
-    table = _weight(embedding.weight, "the embedding")
+    check_plain(embedding, "the embedding")
+    table = plain_weight(embedding.weight, "the embedding")
     top = read_linear(head, "the head", how)
     if how.names is not None and any(adapter is not None for adapter in top.adapters):
         raise Unfit("adapter_names with an adapter on the head")
@@ -370,10 +258,10 @@ def confirmed(model: nn.Module) -> bool:
     return _confirmed.get(model) == tuple(type(m) for m in model.modules())
 
 
-def confirm(model: nn.Module, fused: FusedModel, logits_of: Callable[..., Tensor]) -> None:
+def confirm(model: nn.Module, fused: FusedModel, logits_of: Callable[[Tensor], Tensor]) -> None:
     """Raises Unfit unless the model's own logits agree on a few tokens; asked once per model.
 
-    logits_of(fused, ids) gives ours for the last position of each row. What a model stores in
+    logits_of(ids) gives ours for the last position of each row. What a model stores in
     eight bits or less for decoding differs by design and is confirmed without; an int8 base by the
     weights that its numbers stand for.
     """
@@ -384,7 +272,7 @@ def confirm(model: nn.Module, fused: FusedModel, logits_of: Callable[..., Tensor
     ids = ids.to(fused.embedding.device)
     with torch.no_grad(), computing(model, "numbers"):
         theirs = model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        ours = logits_of(fused, ids).float()
+        ours = logits_of(ids).float()
     gap = float((ours - theirs).norm() / theirs.norm())
     limit = 1e-3 if fused.dtype is torch.float32 else 0.1
     if not gap <= limit:

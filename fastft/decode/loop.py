@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.decode import layers as reading
-from fastft.decode.acceptance import accept_sampled_rows
+from fastft.decode.acceptance import accept_sampled
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import own_name
 from fastft.decode.choice import Chooser
@@ -21,8 +20,10 @@ from fastft.decode.cuda_graph import fused_step
 from fastft.decode.draft_length import DraftLength
 from fastft.decode.drafts import MOST, LookupDrafts, StepDrafts
 from fastft.decode.exit_head import ExitHead
+from fastft.decode.linears import Unfit
 from fastft.decode.modules import ModuleStep
 from fastft.decode.output import GenerateOutput, Kept, Stats
+from fastft.decode.peak_memory import peak
 from fastft.decode.prepare import Prepared, inner_model
 
 # Slots of a row taken at first; most answers end long before the length they may have.
@@ -256,9 +257,7 @@ class Run:
             if n and drafts[rows[0]].q is not None:
                 q = torch.stack([drafts[row].q for row in rows])
             stacked = torch.stack([scores[row] for row in rows])
-            accepted, tokens = accept_sampled_rows(
-                stacked, draft.to(stacked.device), q, self.generator
-            )
+            accepted, tokens = accept_sampled(stacked, draft.to(stacked.device), q, self.generator)
             for row, a, token in zip(rows, accepted.tolist(), tokens.tolist(), strict=True):
                 if token < 0:
                     raise ValueError(f"scores: expected numbers and a finite maximum in row {row}")
@@ -298,7 +297,7 @@ class Run:
     def output(self) -> GenerateOutput:
         self.stats.new_tokens = sum(self.ends) - self.width * len(self.ends)
         self.stats.cuda_graphs = getattr(self.step, "report", None)
-        self.stats.measure_memory(self.step.device)
+        self.stats.peak_memory = peak(self.step.device)
         make: Any = GenerateOutput  # whose annotations say LongTensor, and one tensor a tuple
         made: GenerateOutput = make(
             sequences=self.ids[:, : max(self.ends)],
@@ -314,9 +313,9 @@ def draft_step(model: nn.Module) -> Any:
     """Raises: ValueError for a model that cannot draft."""
     try:
         return fused_step(model)
-    except reading.Unfit:
+    except Unfit:
         pass
     try:
         return ModuleStep(model)
-    except reading.Unfit as unfit:
+    except Unfit as unfit:
         raise ValueError(f"speculation: no draft model: {unfit}") from unfit

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import cache_name
-from fastft.decode.layers import Unfit, draws_dropout
+from fastft.decode.layers import draws_dropout
+from fastft.decode.linears import Unfit
 from fastft.foreign import ForeignModule
 
 

@@ -1,7 +1,5 @@
 """What `fastft.generate` returns: transformers' output, and what it cost."""
 
-import resource
-import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -55,13 +53,6 @@ class Stats:
             counts.extend([0] * (most - len(counts)))
             for i in range(most):
                 counts[i] += 1
-
-    def measure_memory(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            self.peak_memory = torch.cuda.max_memory_allocated(device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            self.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Kept:

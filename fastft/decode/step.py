@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.decode import layers as reading
 from fastft.decode.cache import KVCache
+from fastft.decode.layers import FusedModel, confirm, confirmed, read
+from fastft.decode.linears import Reading, is_stored
 from fastft.library import extension
 from fastft.ops.decoder_layer import Tokens, decoder_layer, decoder_layers
 from fastft.ops.norm import _layer_norm, _rms_norm
@@ -42,24 +43,24 @@ class FusedStep:
         """adapter_names: one per row, "__base__" for none; None: the active adapter for all.
         stored: read the quantised copies of weights where there are any.
 
-        Raises: layers.Unfit.
+        Raises: linears.Unfit.
         """
         names = tuple(n for n in dict.fromkeys(adapter_names or ()) if n != "__base__")
         chosen_from = None if adapter_names is None else names
-        self._set(reading.read(model, reading.Reading(chosen_from, stored)))
+        self._set(read(model, Reading(chosen_from, stored)))
         self.model = model
         if adapter_names is not None:
             chosen = [names.index(n) if n in names else -1 for n in adapter_names]
             self.adapter_of = torch.tensor(chosen, dtype=torch.int32, device=self.device)
-        if adapter_names is not None or reading.confirmed(model):
+        if adapter_names is not None or confirmed(model):
             return
-        if stored and any(map(reading.is_stored, model.modules())):
+        if stored and any(map(is_stored, model.modules())):
             # They differ from the model by design; what they are copies of must not.
             FusedStep(model, stored=False)
         else:
-            reading.confirm(model, self.fused, self._last_logits)
+            confirm(model, self.fused, self._last_logits)
 
-    def _set(self, fused: reading.FusedModel) -> None:
+    def _set(self, fused: FusedModel) -> None:
         self.fused = fused
         self.device = fused.embedding.device
         self.bit_exact = self.device.type == "cpu" and extension is not None
@@ -199,6 +200,6 @@ class FusedStep:
         )
         return y.float()
 
-    def _last_logits(self, fused: reading.FusedModel, ids: Tensor) -> Tensor:
+    def _last_logits(self, ids: Tensor) -> Tensor:
         cache = self.new_cache(len(ids), ids.shape[1])
         return self(cache, ids.tolist())

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastft.decode import layers as reading
 from fastft.decode.exit_head import ExitHead, check_fits
+from fastft.decode.linears import Unfit
 from fastft.decode.prepare import HandOver, inner_model
 from fastft.decode.step import FusedStep
 from fastft.ops.norm import layer_norm, rms_norm
@@ -51,7 +51,7 @@ class DraftTrainer:
     """
 
     def __init__(self, model: nn.Module | FusedStep, head: ExitHead, lr: float = 2e-3) -> None:
-        self.target = model if isinstance(model, FusedStep) else fused_step(model)
+        self.target = model if isinstance(model, FusedStep) else decoding_step(model)
         check_fits(head, self.target)
         self.head = head.to(self.target.device)
         self.optimizer = torch.optim.Adam(head.parameters(), lr=lr, betas=(0.9, 0.99))
@@ -136,7 +136,7 @@ def train_draft(
     for name, value in {"steps": steps, "batch_tokens": batch_tokens}.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    target = fused_step(model)
+    target = decoding_step(model)
     layers, hidden = len(target.fused.layers), target.fused.embedding.shape[1]
     if exit_layer is None:
         exit_layer = max(round(layers / 5), 1)
@@ -159,7 +159,7 @@ def train_draft(
     return head.requires_grad_(False)
 
 
-def fused_step(model: nn.Module) -> FusedStep:
+def decoding_step(model: nn.Module) -> FusedStep:
     """The step that decodes the model, also while it is in training mode.
 
     Raises: ValueError where there is none, with the reason.
@@ -168,7 +168,7 @@ def fused_step(model: nn.Module) -> FusedStep:
         inner = inner_model(model)
         with torch.no_grad(), _evaluating(inner):
             return FusedStep(inner)
-    except (reading.Unfit, HandOver) as unfit:
+    except (Unfit, HandOver) as unfit:
         raise ValueError(f"model: an ExitHead cannot draft for it: {unfit}") from unfit
 
 

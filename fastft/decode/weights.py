@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from fastft.decode.layers import DECODE_WEIGHT, weight_of
+from fastft.decode.linears import DECODE_WEIGHT, weight_of
 from fastft.foreign import ForeignModule
 from fastft.ops.quantized_layer import QuantizedLinear, kind_of, quantized_layers
 from fastft.ops.quantized_linear import QuantizedWeight, quantize
@@ -157,7 +157,7 @@ def store(model: ForeignModule, kind: str) -> dict[tuple[str, str], int]:
 def perplexity(model: nn.Module, ids: Tensor, mask: Tensor | None, stored: bool) -> float:
     """e^(mean loss of the next token) through the decode step, with or without the copies.
 
-    Raises: layers.Unfit where the step does not cover the model.
+    Raises: linears.Unfit where the step does not cover the model.
     """
     from fastft.decode.step import FusedStep
 

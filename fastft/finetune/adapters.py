@@ -27,11 +27,8 @@ def held(source: str | Path) -> dict[str, Path]:
 def own_name(folder: Path) -> str:
     """A run's name rather than that of the folder in it that holds its model."""
     run = RunFolder(folder.parent)
-    return (
-        folder.resolve().parent.name
-        if run.model == folder and run.record.exists()
-        else (folder.resolve().name)
-    )
+    of_run = run.model == folder and run.record.exists()
+    return (folder.resolve().parent if of_run else folder.resolve()).name
 
 
 def base(source: str, name: str) -> str:

@@ -32,9 +32,9 @@ class BenchConfig(Config):
         None, "what is timed: train (a step), predict (without gradients), decode (one row, "
         "greedy); default: train and, of lm and sft, decode, of the others predict"
     )  # fmt: skip
-    method: Method = option("lora", "which weights are trained")
+    method: Method = option("lora", "which weights are trained, as in train")
     rank: int = option(8, "lora, dora, qlora: rank of the update", least=1)
-    batch_size: int = option(8, "rows of a step", least=1)
+    batch_size: int = option(8, "examples of a step", least=1)
     max_length: int | None = option(
         None, "tokens per row; default: the model's, at most 256", least=4
     )
@@ -42,17 +42,17 @@ class BenchConfig(Config):
     text_column: str | None = option(None, "where texts are; default: text (ner: tokens)")
     label_column: str | None = option(None, "where labels are; default: label (ner: tags)")
     multi_label: bool = option(False, "classify: any number of labels per text")
-    precision: Literal["float32", "bf16"] = option("float32", "as in train")
+    precision: Literal["float32", "bf16"] = option("float32", "bf16: mixed precision, as in train")
     base_weights: Literal["none", "int8", "fp8"] = option(
-        "none", "of the patched side, as in train"
+        "none", "the patched side holds frozen layers in eight bits, as in train"
     )
     decode_weights: Literal["none", "int8", "int4", "int4_g64"] = option(
-        "none", "of the patched side, as in generate"
+        "none", "copies of the weights that the patched side decodes by, as in generate"
     )
-    new_tokens: int = option(64, "decode: of an answer", least=2)
+    new_tokens: int = option(64, "decode: tokens of an answer", least=2)
     rounds: int = option(5, "turns that are timed, after one that warms up", least=1)
     memory: bool = option(True, "measure peak memory too, which loads the model anew for each")
-    seed: int = option(0, "of new weights and of which rows", least=0)
+    seed: int = option(0, "new weights and the choice of rows are drawn by it", least=0)
     threads: int | None = option(None, "of the CPU; default: PyTorch's choice", least=1)
     output: str | None = option(None, "a JSON file of all numbers; must not exist yet")
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from fastft.decode.generate import generate
+from fastft.decode.peak_memory import peak
 from fastft.finetune import (
     UserError,
     data,
     demo,
     examples,
     loading,
-    memory_use,
     reading,
     running,
     tasks,
@@ -227,9 +227,9 @@ def _peak(config: BenchConfig, work: str, side: str) -> dict[str, Any]:
     if side == "patched":
         _patch(material.model, config)
     sizes = [batch["input_ids"].numel() for batch in material.batches]
-    before = memory_use.peak()
+    before = peak(_device())
     _works(material.model, side, material, config)[work](sizes.index(max(sizes)))
-    return {"peak": memory_use.peak(), "before": before}
+    return {"peak": peak(_device()), "before": before}
 
 
 def main(order: dict[str, Any]) -> None:

@@ -161,12 +161,22 @@ def _parser(kind: type[Config], command: str) -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": _unescaped(hint), "metavar": hint.__name__.upper()}
-        default = _default_of(item)
-        shown = "required" if default is MISSING else f"default: {default}"
-        text = f"{item.metadata.get('help', '')} ({shown})".replace("%", "%%")
+        text = f"{item.metadata.get('help', '')}{_shown(_default_of(item))}".replace("%", "%%")
         names = [f"--{item.name.replace('_', '-')}"]
         parser.add_argument(*names, dest=item.name, help=text.strip(), **options)
     return parser
+
+
+def _shown(default: Any) -> str:
+    """What the help says of a default; of None and of no values the text itself does."""
+    if default is MISSING:
+        return " (required)"
+    if default is None or default == []:
+        return ""
+    values = default if isinstance(default, list) else [default]
+    # Spaces and newlines would not be seen.
+    told = (repr(v) if isinstance(v, str) and v != "".join(v.split()) else str(v) for v in values)
+    return f" (default: {' '.join(told)})"
 
 
 def _default_of(item: Field[Any]) -> Any:

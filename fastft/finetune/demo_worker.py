@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fastft.finetune import data, demo, memory_use
+from fastft.decode.peak_memory import peak_of_process
+from fastft.finetune import data, demo
 from fastft.foreign import ForeignModule
 
 
@@ -22,11 +23,11 @@ def memory(settings: demo.Settings, side: str) -> dict[str, Any]:
         from fastft.patch import patch
 
         patch(model)
-    before = memory_use.peak_of_process()
+    before = peak_of_process()
     optimizer = demo.adamw(model)
     largest = max(task.batches, key=lambda batch: batch["input_ids"].numel())
     demo.train_step(model, optimizer, largest)
-    return {"peak": memory_use.peak_of_process(), "before_training": before}
+    return {"peak": peak_of_process(), "before_training": before}
 
 
 @torch.inference_mode()

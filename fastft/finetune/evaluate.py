@@ -33,7 +33,7 @@ class EvaluateConfig(PromptConfig):
     )
     base: str | None = option(None, "a model to compare with, measured first")
     split: Literal["train", "validation", "test"] | None = option(
-        None, "of a folder; default: test, or else validation"
+        None, "which file of a folder; default: test, or else validation"
     )
     output: str = option("runs/evaluate", "folder for metrics and plots; must not exist yet")
     text_column: str | None = option(None, "where texts are; default: the run's, or text (tokens)")
@@ -48,9 +48,11 @@ class EvaluateConfig(PromptConfig):
     label_words: list[str] | None = option(
         None, "prompt: what stands for each of the labels; default: their names"
     )
-    calibrate: bool = option(False, "prompt: by content-free texts (Zhao et al. 2021)")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "prompt: of the weights")
-    patch: bool = option(True, "fastft's kernels")
+    calibrate: bool = option(False, "prompt: take out what is likely whatever the text says")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "prompt: type of the weights"
+    )
+    patch: bool = option(True, "predict with fastft's kernels")
     threads: int | None = option(None, "of the CPU; default: PyTorch's choice", least=1)
 
     # Of a run folder, which this is too: an evaluation always begins anew.

@@ -179,7 +179,6 @@ def labels_of(row: Row, format: str) -> tuple[Any, ...]:
 
 def map_texts(row: Row, format: str, function: Callable[[str], str]) -> Row:
     """row with function applied to each of its texts; labels, tags and roles stay."""
-
     return row | {n: _mapped(row[n], function) for n in TEXTS[format] if n in row}
 
 

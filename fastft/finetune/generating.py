@@ -36,8 +36,8 @@ class GenerateConfig(PromptConfig):
         None, "file with a prompt a row (.txt: a line); - or nothing: standard input"
     )
     output: str | None = option(None, "jsonl file; must not exist yet; default: standard output")
-    max_new_tokens: int = option(128, "of a completion", least=1)
-    temperature: float = option(0.0, "of sampling; 0: the likeliest token each time", least=0)
+    max_new_tokens: int = option(128, "tokens of a completion, at most", least=1)
+    temperature: float = option(0.0, "how freely tokens are sampled; 0: the likeliest", least=0)
     top_p: float = option(1.0, "sample from the likeliest tokens of this share", above=0, most=1)
     top_k: int = option(0, "sample from so many likeliest tokens; 0: from all", least=0)
     repetition_penalty: float = option(1.0, "above 1: tokens seen before are less likely", above=0)
@@ -53,8 +53,8 @@ class GenerateConfig(PromptConfig):
     stream: bool | None = option(
         None, "show tokens as they come; default: for one prompt on a terminal"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the weights")
-    patch: bool = option(True, "fastft's kernels")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights")
+    patch: bool = option(True, "decode with fastft's kernels")
     threads: int | None = option(None, "of the CPU; default: PyTorch's choice", least=1)
 
     def check(self) -> None:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from fastft.finetune import UserError, need
+from fastft.finetune.data import IGNORED
 from fastft.losses import ClassificationLoss
-
-IGNORED = -100
 
 
 class Settings(Protocol):

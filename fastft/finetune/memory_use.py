@@ -1,29 +1,10 @@
-"""What training holds in memory: measured of a process, counted of a step."""
+"""What a step of training holds in memory, counted."""
 
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-
-def peak() -> int:
-    """The most bytes that were held: on the GPU where there is one, else by the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_of_process()
-
-
-def peak_of_process() -> int:
-    """The most this process ever held in memory."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: on Linux that starts at what the parent held when it started this process.
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def of_weights(model: nn.Module) -> dict[str, int]:

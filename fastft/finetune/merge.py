@@ -1,10 +1,5 @@
 """fastft merge: an adapter into its base model, checked; or several adapters into one folder."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +10,7 @@ from torch import Tensor, nn
 from fastft.finetune import UserError, adapters, loading, methods, need, table
 from fastft.finetune.assets import say
 from fastft.finetune.config import Config, option
-from fastft.finetune.run_folder import RunFolder, readable
+from fastft.finetune.run_folder import RunFolder, new_folder
 from fastft.foreign import ForeignModule
 
 # Relative difference of logits that rounding the merged weights to the type explains.
@@ -39,12 +34,16 @@ class MergeConfig(Config):
 
     adapter: list[str] = option(help="folders of runs or adapters, as many as are to be collected")
     output: str = option(help="folder to be made")
-    names: list[str] | None = option(None, "of several adapters; default: their folders' names")
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "of the merged weights")
+    names: list[str] | None = option(
+        None, "what several adapters are called; default: as their folders"
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "type of the merged weights"
+    )
     tolerance: float | None = option(
         None, "relative difference of logits that is accepted; default: by dtype", above=0.0
     )
-    seed: int = option(0, "of the random tokens that the check is done on")
+    seed: int = option(0, "the tokens of the check are drawn by it")
 
     def check(self) -> None:
         if not self.adapter:
@@ -108,7 +107,7 @@ def _merge(folder: Path, config: MergeConfig) -> MergeResult:
     wanted, base = _logits(model, inputs), _base_logits(model, inputs)
     name = adapters.own_name(folder)
     effect = _apart(base, wanted)
-    with _new_folder(config.output) as part:
+    with new_folder(config.output) as part:
         _unwrap_heads(model)
         try:
             merged = model.merge_and_unload(safe_merge=True)
@@ -149,7 +148,7 @@ def _collect(folders: list[Path], config: MergeConfig) -> MergeResult:
     if settings[0]["peft_type"] == methods.adapter.KIND:
         raise UserError(f"{folders[0]}: a model takes one bottleneck adapter at a time")
     task, difference, effect = _task(settings[0]), {}, {}
-    with _new_folder(config.output) as part:
+    with new_folder(config.output) as part:
         for name, folder in zip(names, folders, strict=True):
             adapters.copy(folder, part / name)
         model = None
@@ -246,20 +245,3 @@ def _write_metrics(part: Path, config: MergeConfig, result: MergeResult) -> None
         "effect": result.effect,
     }
     RunFolder(part).write_json("metrics.json", held)
-
-
-@contextmanager
-def _new_folder(output: str) -> Iterator[Path]:
-    """A folder beside output that becomes output when the block ends well, or is gone."""
-    target = Path(output).expanduser()
-    with readable(output):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        holder = tempfile.mkdtemp(prefix=".partial-", dir=target.parent)
-    try:
-        part = Path(holder) / target.name
-        part.mkdir()
-        with readable(output):
-            yield part
-            os.rename(part, target)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)

@@ -56,24 +56,6 @@ def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path)
     _save(figure, path)
 
 
-def lengths(
-    values: Mapping[str, Sequence[int]], path: Path, unit: str = "tokens", limit: int | None = None
-) -> None:
-    """Histograms of lengths, one for each name (a class, a split); limit marks where one cuts."""
-    figure = _figure(width=7, height=3.5)
-    axes = figure.subplots()
-    held = [np.asarray(own) for own in values.values()]
-    if not any(len(own) for own in held):
-        raise UserError("no lengths to plot: there are no rows")
-    edges: Any = np.histogram_bin_edges(np.concatenate(held), bins=40)
-    for name, own in zip(values, held, strict=True):
-        axes.hist(own, bins=edges, histtype="step", label=f"{_plain(name)} ({len(own)})")
-    if limit is not None:
-        axes.axvline(limit, linestyle=":", color="gray", label=f"limit {limit}")
-    _steps(axes, unit, "rows")
-    _save(figure, path)
-
-
 def forgetting(
     matrix: Sequence[Sequence[float]],
     names: Sequence[str],

@@ -7,10 +7,9 @@ when it is complete: an interrupted run, or a full disk, leaves nothing.
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastft.finetune.config import Config, option
 from fastft.finetune.duplicates import Near
 from fastft.finetune.formats import Format
 from fastft.finetune.readers import Row
-from fastft.finetune.run_folder import PARTIAL, sync
+from fastft.finetune.run_folder import new_folder
 from fastft.finetune.sieve import Drop, Kept, Place, Rules, Sieve
 
 SHOWN = 200  # characters of a dropped text in dropped.jsonl
@@ -65,7 +64,7 @@ class PrepareConfig(Config):
     near_permutations: int = option(128, "length of a row's MinHash signature", least=16)
     validation: float = option(0.1, "share of the rows for validation", least=0, most=0.9)
     test: float = option(0.1, "share of the rows for the test", least=0, most=0.9)
-    seed: int = option(0, "of the split", least=0)
+    seed: int = option(0, "the split is drawn by it", least=0)
 
     def check(self) -> None:
         if self.validation + self.test > 0.9 + 1e-9:
@@ -117,7 +116,7 @@ def prepare(config: PrepareConfig) -> PrepareResult:
     if os.path.lexists(output):
         raise UserError(f"{output} exists already; nothing was overwritten")
     source = _source(config)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         kept, dropped = _sift(config, source, folder)
         _check_kept(config, kept, dropped)
         splits = _deal(config, kept, source.given, folder)
@@ -127,21 +126,6 @@ def prepare(config: PrepareConfig) -> PrepareResult:
         prepare_report.plot(metrics, kept.lengths, splits, folder / "overview.png")
     print(prepare_report.text(metrics, output))
     return PrepareResult(output, metrics)
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that becomes output when all went well, and disappears when not."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output.parent) as aside:
-            folder = Path(aside) / output.name
-            folder.mkdir()
-            yield folder
-            sync(folder)
-            os.rename(folder, output)
-    except OSError as error:
-        raise UserError(f"{output}: {error.strerror or error}; nothing was written") from None
 
 
 def _source(config: PrepareConfig) -> Source:

@@ -1,6 +1,5 @@
 """What became of a data set: metrics.json, the table of it, and a picture."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import fastft
+from fastft.finetune.run_folder import sha256
 
 ORDER = ("train", "validation", "test")
 QUANTILES = {"median": 0.5, "95%": 0.95, "longest": 1.0}
@@ -31,7 +31,7 @@ def metrics(
         "dropped": dict(dropped.most_common()),
         "splits": {name: _split(name, kept, splits) for name in ORDER if name in splits},
         "settings": asdict(config),
-        "files": {str(path): _sha256(path) for path in source.files},
+        "files": {str(path): sha256(path) for path in source.files},
         "versions": {"fastft": fastft.__version__}
         | {name: version(name) for name in ("ftfy", "datasketch")},
     }
@@ -44,11 +44,6 @@ def _split(name: str, kept: Any, splits: Sequence[str]) -> dict[str, Any]:
     characters = {what: int(np.quantile(lengths, q)) for what, q in QUANTILES.items()}
     labels = {str(label): count for label, count in counts.most_common()}
     return {"rows": len(rows), "labels": labels, "characters": characters}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text(metrics: dict[str, Any], output: Path) -> str:

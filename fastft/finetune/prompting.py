@@ -5,13 +5,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastft.finetune import UserError, need
 from fastft.finetune.config import Config, option
-
-if TYPE_CHECKING:
-    pass
 
 # Name -> the question, and the answer that follows it in an example.
 TEMPLATES = {
@@ -49,7 +46,7 @@ class PromptConfig(Config):
         "the template itself; default: by the columns. If it names `examples`, it places them",
     )
     answer: str | None = option(None, "template of an example's answer, with its leading space")
-    separator: str = option("\n\n", "between examples")
+    separator: str = option("\n\n", "text between examples")
     chat: bool | None = option(
         None, "questions and answers as turns of the model's chat template; default: if it has one"
     )
@@ -61,7 +58,7 @@ class PromptConfig(Config):
         "which examples: the first, drawn by the seed for each question, or the most similar ones "
         "(TF-IDF), the nearest last",
     )
-    seed: int = option(0, "of whatever is drawn")
+    seed: int = option(0, "examples and samples are drawn by it")
 
     def check(self) -> None:
         if self.shots and self.examples is None:

@@ -199,19 +199,35 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder beside output that becomes output when the block ends well, or is gone."""
+    target = Path(output).expanduser()
+    with readable(str(output), "; nothing was written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=PARTIAL, dir=target.parent, ignore_cleanup_errors=True
+        ) as aside:
+            part = Path(aside) / target.name
+            part.mkdir()
+            yield part
+            sync(part)
+            os.rename(part, target)
+
+
+@contextmanager
+def readable(what: str, end: str = "") -> Iterator[None]:
     """Errors of the file system as one sentence that begins with what."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what}: {error.strerror or error}") from None
+        raise UserError(f"{what}: {error.strerror or error}{end}") from None
     except Exception as error:
         # safetensors' and torch's writers have exceptions of their own for a full disk; torch's
         # tells in the one before it that a write failed, and not why.
         said = f"{error} {error.__context__}"
         for full in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             if full in said:
-                raise UserError(f"{what}: {full}") from None
+                raise UserError(f"{what}: {full}{end}") from None
         if any(mark in said for mark in ("PytorchStreamWriter", "inline_container", "iostream")):
             raise UserError(
                 f"{what}: a checkpoint could not be written; is the disk full?"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft.decode.peak_memory import peak
 from fastft.finetune import (
     UserError,
     adapters,
@@ -16,7 +17,6 @@ from fastft.finetune import (
     continual,
     examples,
     loading,
-    memory_use,
     methods,
     plots,
     table,
@@ -205,7 +205,7 @@ def run(prepared: Prepared, folder: RunFolder, callbacks: Sequence[Any] = ()) ->
         "loss": checkpoints.mean_loss(log),
         "seconds": seconds,
         "parameters": {"trainable": trainable, "all": parameters},
-        "peak_memory_bytes": memory_use.peak(),
+        "peak_memory_bytes": peak(trains.args.device),
         **measured,
     }
     kept = keep(trains, prepared, folder)

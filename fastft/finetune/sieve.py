@@ -81,9 +81,8 @@ class Sieve:
     def __init__(self, rules: Rules, kept: Kept) -> None:
         self._rules, self._kept = rules, kept
         self._seen = Duplicates(rules.near)
-        self._labels: dict[
-            tuple[Any, ...], tuple[Any, ...]
-        ] = {}  # one object for all rows of the same labels
+        # One object for all rows of the same labels.
+        self._labels: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         kept.labelled = rules.target == "text-label"
 
     def take(self, row: Row, place: Place) -> Row:

@@ -38,7 +38,9 @@ class TrainConfig(Config):
 
     model: str = option(help="hub name, local folder, run folder or adapter folder")
     data: str = option(help="a file, or a folder with train, validation and test files")
-    task: Literal["classify", "ner", "lm", "sft"] = option(help="what the model learns")
+    task: Literal["classify", "ner", "lm", "sft"] = option(
+        help="classify: a label a text; ner: a tag a word; lm: to continue texts; sft: to answer"
+    )
     output: str = option("runs/train", help="the run's folder; must not exist yet")
     validation_data: str | None = option(None, help="a file to validate on")
     validation: float = option(
@@ -48,7 +50,7 @@ class TrainConfig(Config):
     label_column: str | None = option(None, help="where labels are; default: label (ner: tags)")
     multi_label: bool = option(False, help="classify: any number of labels per text")
     learn: Literal["completion", "assistant", "all"] = option(
-        "completion", help="sft: the last answer, every answer, or every token"
+        "completion", help="sft: what is learned: the last answer, every answer, or every token"
     )
     max_length: int | None = option(
         None, least=4, help="tokens per example; default: the model's, at most 512 (lm, sft: 1024)"
@@ -57,32 +59,55 @@ class TrainConfig(Config):
         None, help="lm, sft: fill every row with several texts; default: where the method allows it"
     )
 
-    method: Method = option("full", help="which weights are trained")
-    rank: int = option(8, least=1, help="lora, dora, qlora: rank of the update")
-    lora_alpha: float = option(16.0, above=0, help="lora: the update is scaled by alpha / rank")
-    lora_dropout: float = option(0.0, least=0, most=0.95, help="lora: dropout before the update")
-    target_modules: list[str] | None = option(
-        None, help="lora, ia3: names of the layers; default: all linear ones"
+    method: Method = option(
+        "full", help="which weights are trained: all, a part, or an adapter beside them"
     )
-    top_layers: int = option(2, least=0, help="top-layers: how many, beside the head")
-    virtual_tokens: int = option(20, least=1, help="prompt, prefix: length")
-    bottleneck: int = option(64, least=1, help="adapter: width")
+    rank: int = option(8, least=1, help="lora, dora, qlora: rank of the low-rank update")
+    lora_alpha: float = option(
+        16.0, above=0, help="lora, dora, qlora: the update is scaled by alpha / rank"
+    )
+    lora_dropout: float = option(
+        0.0, least=0, most=0.95, help="lora, dora, qlora: dropout before the update"
+    )
+    target_modules: list[str] | None = option(
+        None,
+        help="lora, dora, qlora, ia3, adapter: names of the layers; default: the method's choice",
+    )
+    top_layers: int = option(2, least=0, help="top-layers: how many are trained, beside the head")
+    virtual_tokens: int = option(20, least=1, help="prompt, prefix: how many are learned")
+    bottleneck: int = option(64, least=1, help="adapter: width of its hidden layer")
 
     epochs: float = option(3.0, above=0, help="passes over the data")
     steps: int | None = option(None, least=1, help="optimizer steps, instead of epochs")
     batch_size: int = option(16, least=1, help="examples per device and forward pass")
     gradient_accumulation: int = option(1, least=1, help="forward passes per optimizer step")
-    learning_rate: float | None = option(None, above=0, help="default: by method")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
-        "linear", help="of the learning rate"
+    learning_rate: float | None = option(
+        None, above=0, help="of the optimizer; default: by method, 5e-5 (full) to 1e-2 (prompt)"
     )
-    warmup: float = option(0.1, least=0, help="share of the steps below 1, else steps")
-    weight_decay: float = option(0.0, least=0, help="AdamW's (L2)")
-    max_grad_norm: float = option(1.0, least=0, help="gradients are clipped to it; 0: not")
-    dropout: float | None = option(None, least=0, most=0.95, help="default: the model's own")
-    class_weights: Literal["none", "balanced"] = option("none", help="classify, ner")
-    label_smoothing: float = option(0.0, least=0, most=0.95, help="share given to all labels")
-    focal_gamma: float = option(0.0, least=0, help="classify, ner: focal loss; 0: cross entropy")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", help="how the learning rate goes on after the warmup"
+    )
+    warmup: float = option(
+        0.1, least=0, help="steps in which the learning rate rises; below 1, their share of all"
+    )
+    weight_decay: float = option(
+        0.0, least=0, help="of AdamW: how strongly weights are pulled to zero"
+    )
+    max_grad_norm: float = option(
+        1.0, least=0, help="gradients of a larger norm are scaled down to it; 0: never"
+    )
+    dropout: float | None = option(
+        None, least=0, most=0.95, help="all dropout probabilities of the model; default: its own"
+    )
+    class_weights: Literal["none", "balanced"] = option(
+        "none", help="classify, ner: balanced gives rare classes more weight"
+    )
+    label_smoothing: float = option(
+        0.0, least=0, most=0.95, help="share of an example that counts for all labels"
+    )
+    focal_gamma: float = option(
+        0.0, least=0, help="classify, ner: easy examples count less; 0: all alike"
+    )
 
     old_data: list[str] | None = option(
         None, help="what the model was trained on before: files or folders, for replay and ewc"
@@ -95,35 +120,45 @@ class TrainConfig(Config):
         # keeps half, and 1e4 nearly all, but learns little of the new.
         0.0,
         least=0,
-        help="pull to the old weights, by how much the old data needs them; try 100 to 1000",
+        help="pull to the old weights, each by how much the old data needs it; try 100 to 1000",
     )
-    ewc_rows: int = option(200, least=1, help="ewc: old rows that tell what is needed")
-    distill: float = option(0.0, least=0, help="pull to what the model said before, on all rows")
+    ewc_rows: int = option(200, least=1, help="ewc: old rows by which the need is measured")
+    distill: float = option(0.0, least=0, help="pull to what the model said before; try 1")
     temperature: float = option(2.0, above=0, help="distill: above 1, unlikely classes count more")
     adapter_name: str | None = option(
         None, help="a new adapter of this name, beside those that the model's folder has"
     )
 
-    precision: Literal["float32", "bf16", "fp16"] = option("float32", help="bf16, fp16: mixed")
-    gradient_checkpointing: bool = option(False, help="recompute activations: slower, smaller")
+    precision: Literal["float32", "bf16", "fp16"] = option(
+        "float32", help="bf16, fp16: mixed precision, by autocast"
+    )
+    gradient_checkpointing: bool = option(
+        False, help="compute activations twice: slower, less memory"
+    )
 
-    evaluate_every: int | None = option(None, least=1, help="in steps; default: every epoch")
+    evaluate_every: int | None = option(
+        None, least=1, help="in optimizer steps; default: every epoch"
+    )
     early_stopping: int = option(
         0, least=0, help="evaluations without improvement before it stops; 0: never"
     )
     best: bool = option(True, help="end with the best checkpoint rather than the last")
     folds: int = option(0, least=0, help="k-fold cross-validation; 0: none")
-    seed: int = option(0, least=0, help="of new weights, dropout and order")
-    seeds: list[int] | None = option(None, least=0, help="one run each, with mean and deviation")
+    seed: int = option(0, least=0, help="new weights, dropout and order are drawn by it")
+    seeds: list[int] | None = option(
+        None, least=0, help="one run for each, with mean and deviation"
+    )
     resume: bool = option(False, help="go on with the run in the output folder")
     dry_run: bool = option(False, help="show settings, examples and estimates; train nothing")
-    patch: bool = option(True, help="fastft's kernels")
+    patch: bool = option(True, help="train with fastft's kernels")
     base_weights: Literal["none", "int8", "fp8"] = option(
-        "none", help="frozen layers hold eight bits, fp8 on a GPU; lora, prompt, prefix and ia3"
+        "none", help="frozen layers hold eight bits, fp8 on GPUs (lora, prompt, prefix and ia3)"
     )
     threads: int | None = option(None, least=1, help="of the CPU; default: PyTorch's choice")
     logging_steps: int = option(10, least=1, help="steps between two points of the curves")
-    report_to: list[str] = option(["none"], help="as in transformers' Trainer, e.g. tensorboard")
+    report_to: list[str] = option(
+        ["none"], help="where curves are sent, as in Trainer: tensorboard, …"
+    )
     fsdp: bool = option(False, help="shard over the processes of torchrun (FSDP2)")
     deepspeed: str | None = option(None, help="a DeepSpeed configuration file")
 

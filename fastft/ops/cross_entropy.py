@@ -123,6 +123,7 @@ def _cross_entropy_in_place(
     numbers: list[float],
 ) -> Tensor:
     """The losses; the logits, which must be private, become their own gradient."""
+    losses: Tensor
     losses, stats = _cross_entropy.reference(logits, labels, weight, ignore_index, numbers)
     dlosses = torch.ones_like(losses) if dlosses is None else dlosses
     logits.copy_(
@@ -130,8 +131,7 @@ def _cross_entropy_in_place(
             dlosses, logits, labels, weight, stats, ignore_index, numbers
         )
     )
-    out: Tensor = losses
-    return out
+    return losses
 
 
 implement_in_triton(
@@ -256,14 +256,11 @@ def cross_entropy(
     check_labels(labels, chosen.ignore_index, logits.shape[:-1], logits.shape[-1])
     check_weight(weight, num_items, chosen.reduction, logits.shape[-1])
     flat = labels.reshape(-1)
-    losses = _CrossEntropy.apply(
+    losses: Tensor = _CrossEntropy.apply(
         rows_of(logits), flat, weight, chosen.ignore_index, chosen.numbers()
     )
     if chosen.reduction == "none":
-        out: Tensor = losses.view(labels.shape)
-        return out
-    total = losses.sum()
+        return losses.view(labels.shape)
     if chosen.reduction == "sum":
-        out = total
-        return out
-    return averaged(total, flat, weight, num_items, chosen.ignore_index)
+        return losses.sum()
+    return averaged(losses.sum(), flat, weight, num_items, chosen.ignore_index)

@@ -29,12 +29,11 @@ from torch.nn import functional as F
 
 from fastft.library import extension, kernel_only, operator
 from fastft.ops.decode_attention import MAX_QUERIES, serving
-from fastft.ops.gated_mlp import _gated_mlp
+from fastft.ops.gated_mlp import ACTIVATIONS, _gated_mlp
 from fastft.ops.norm import _layer_norm, _rms_norm
 from fastft.ops.quantized_linear import Adapter, QuantizedWeight, _quantized_linear
 from fastft.ops.rotary import _rotary
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order the kernels number them
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -29,7 +29,7 @@ from fastft.library import (
     operator,
 )
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order the kernels number them
 
 
 def _activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:

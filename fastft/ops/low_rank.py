@@ -5,8 +5,8 @@
     low_rank_add_   matrix += scale * D narrow wide    in place, over a private buffer only
 
 with M = matrix * mask * keep_scale under dropout (D likewise on the added part), and M = matrix
-without. Sums are float32 whatever the matrix's dtype. At rank 8 a GEMM
-library takes 2.5 times as long or more; above `_GEMM_RANK` one is used.
+without. Sums are float32 whatever the matrix's dtype. At rank 8 a GEMM library takes 2.5 times as
+long or more; above `_GEMM_RANK` one is used.
 """
 
 from collections.abc import Callable

@@ -179,10 +179,8 @@ def rounded(x: Tensor) -> Tensor:
     any_ = peak > 127 * torch.finfo(torch.float32).tiny
     numbers = torch.where(any_, runs * (127 / peak), 0).round()
     # NaN and infinity anywhere in a run reach every number of it.
-    out: Tensor = ((numbers * (peak / 127)) + (runs * 0).sum(2, keepdim=True)).flatten(1)[
-        :, :inputs
-    ]
-    return out
+    read: Tensor = numbers * (peak / 127) + (runs * 0).sum(2, keepdim=True)
+    return read.flatten(1)[:, :inputs]
 
 
 @operator(

@@ -30,6 +30,16 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
+def undo(module: ForeignModule) -> None:
+    """Gives a base model the attention that it ran before."""
+    before = module.__dict__.pop("_fastft_attention_before", None)
+    for child in module.modules():
+        if getattr(child, "config", None) is module.config:
+            before = child.__dict__.pop("_fastft_attention", before)
+    if before is not None and module.config._attn_implementation == NAME:
+        module.config._attn_implementation_internal = before
+
+
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | Packing | None:
     """sdpa's mask; none for packed rows, which `cu_seqlens` keeps apart.
 

@@ -24,6 +24,7 @@ from fastft.patch.labels import IGNORED, count_padding, targets
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.lora import as_lora_linear
 from fastft.patch.packing import Packing
+from fastft.patch.pretrained import base_of, is_pretrained
 from fastft.patch.swap import is_hooked, original_forward, swap_of
 
 _FIELDS = {"loss", "logits", *NAMES, "hidden_states", "attentions", "cross_attentions"}
@@ -39,24 +40,18 @@ class CausalLm:
     output: type  # of the forward
 
 
-def is_candidate(module: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
-        return False
+def is_candidate(module: ForeignModule) -> bool:
     # Asked for the head too: the name is also what classes without a loss of their own have.
     return (
-        _loss_name(module) == "ForCausalLMLoss"
-        and _base(module) is not module
+        is_pretrained(module)
+        and _loss_name(module) == "ForCausalLMLoss"
+        and base_of(module) is not module
         and module.get_output_embeddings() is not None
     )
 
 
-def _loss_name(module: nn.Module) -> str:
+def _loss_name(module: ForeignModule) -> str:
     return getattr(module.loss_function, "__name__", "")
-
-
-def _base(module: ForeignModule) -> ForeignModule:
-    return getattr(module, module.base_model_prefix, module)
 
 
 def _active(head: ForeignModule | None) -> ForeignModule | None:
@@ -114,7 +109,7 @@ def _keeps_all(logits_to_keep: int | Tensor) -> bool:
 
 
 def _forward(module: ForeignModule, head: Head, arguments: dict[str, Any]) -> Any:
-    options, base = module._fastft_swap.options, _base(module)
+    options, base = module._fastft_swap.options, base_of(module)
     given, arguments = arguments, dict(arguments)
     labels = arguments.pop("labels")
     arguments.pop("logits_to_keep", None)

@@ -5,6 +5,7 @@ backward; the module itself, the random state and gradients stay as they were. W
 left alone and reported with its difference, so a new release of a model cannot become wrong.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,12 +93,30 @@ def difference(
     return worst
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    """|a - b|; where both have the same infinity, or NaN, it is 0, and infinite where one has."""
+    a, b = a.double(), b.double()
+    found: float = (a - b).norm().item()
+    if math.isfinite(found):
+        return found
+    same = (a == b) | (a.isnan() & b.isnan())
+    found = (a - b).masked_fill(same, 0).norm().item()
+    return found if math.isfinite(found) else math.inf
+
+
+def size(x: Tensor) -> float:
+    """|x|, of its finite values."""
+    found: float = x.double().nan_to_num(0, 0, 0).norm().item()
+    return found
+
+
 def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, 0 for two zeros; NaN and infinities count as unlike unless in both."""
-    gap, size = (a.double() - b.double()).norm().item(), b.double().norm().item()
-    if gap == 0:
+    """gap(a, b) / size(b), and 0 for two zeros."""
+    apart = gap(a, b)
+    if apart == 0:
         return 0.0
-    return gap / size if size > 0 and gap == gap else float("inf")
+    of = size(b)
+    return apart / of if of > 0 else math.inf
 
 
 def confirm(

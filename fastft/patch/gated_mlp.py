@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fastft.foreign import ForeignModule
-from fastft.ops.gated_mlp import gated_mlp
+from fastft.ops.gated_mlp import ACTIVATIONS, gated_mlp
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.patch import lora as lora_layers
 from fastft.patch.confirm import Unlike, confirm, stand_in
 from fastft.patch.swap import is_hooked, original_forward
 
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 _SEPARATE = ("gate_proj", "up_proj", "down_proj")
 _JOINT = ("gate_up_proj", "down_proj")
 
@@ -90,7 +89,7 @@ def recognise(module: nn.Module) -> GatedMlp:
     probe = stand_in(module, {}, children)
     x = torch.randn(1, 4, hidden, generator=generator)
     compute = _joint if joint else _separate
-    for activation in _ACTIVATIONS:
+    for activation in ACTIVATIONS:
 
         def replacement(x: Tensor, activation: str = activation) -> Any:
             return compute(probe, x, activation)

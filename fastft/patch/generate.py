@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastft.decode.layers import DECODE_WEIGHT
+from fastft.decode.linears import DECODE_WEIGHT
 from fastft.foreign import ForeignModule
 
 
@@ -55,7 +55,8 @@ def is_ours(module: nn.Module) -> bool:
 
 def install(module: ForeignModule) -> str | None:
     """Why not, if not."""
-    from fastft.decode.layers import Unfit, read
+    from fastft.decode.layers import read
+    from fastft.decode.linears import Unfit
 
     if is_ours(module):
         return None

@@ -10,7 +10,6 @@ A head that maps every token to a vocabulary computes the labelled places only w
 """
 
 import inspect
-import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from fastft.patch.confirm import TOLERANCE, Unlike, relative, undisturbed
 from fastft.patch.labels import IGNORED
 from fastft.patch.lazy import LazyLogits
 from fastft.patch.packing import Selection, during, kept
+from fastft.patch.pretrained import base_of, is_pretrained
 from fastft.patch.swap import is_hooked, original_forward, swap_of, switched_off
 
 
@@ -48,14 +48,7 @@ def served_by(options: Loss) -> str:
 
 
 def is_candidate(module: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
-        return False
-    return base_of(module) is not module
-
-
-def base_of(module: ForeignModule) -> ForeignModule:
-    return getattr(module, module.base_model_prefix, module)
+    return is_pretrained(module) and base_of(module) is not module
 
 
 def forward(module: ForeignModule, *args: Any, **kwargs: Any) -> Any:
@@ -273,17 +266,13 @@ def reads_padding(module: ForeignModule) -> bool:
     module.config.pad_token_id, before = 0, module.config.pad_token_id
     if module.__class__.__name__.endswith("MultipleChoice"):
         ids, mask = ids.view(2, 2, 7), mask.view(2, 2, 7)
-    extra = (
-        {"use_cache": False}
-        if "use_cache" in inspect.signature(type(module).forward).parameters
-        else {}
-    )
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "use_cache" in inspect.signature(type(module).forward).parameters:
+        given["use_cache"] = False
     try:
-        got = type(module).forward(module, input_ids=ids, attention_mask=mask, **extra).logits
+        got = type(module).forward(module, **given).logits
         with kept():
-            wanted = (
-                type(module).forward(module, input_ids=ids, attention_mask=mask, **extra).logits
-            )
+            wanted = type(module).forward(module, **given).logits
     finally:
         module.config.pad_token_id = before
     if got.shape[:2] == mask.shape and got.dim() == 3:

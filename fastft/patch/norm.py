@@ -1,6 +1,6 @@
 """Swaps norms: RMSNorm of either kind and LayerNorm, recognised by what they compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,10 +85,9 @@ def recognise(module: ForeignModule) -> Norm:
         except Unlike as unlike:
             reason = unlike
             continue
-        half = (
-            type(module).forward(probe, x[..., :size].bfloat16()).dtype
-            if kind.raw == "rms_norm"
-            else None
+        promotes = (
+            kind.raw != "rms_norm"
+            or type(module).forward(probe, x.bfloat16()).dtype is not torch.bfloat16
         )
-        return Norm(kind.raw, eps, kind.offset, promotes=half is not torch.bfloat16)
+        return replace(kind, promotes=promotes)
     raise reason

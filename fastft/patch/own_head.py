@@ -2,7 +2,6 @@
 and the padding is computed wherever they may read it."""
 
 import inspect
-import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,15 +13,13 @@ from fastft.patch import causal_lm, heads, padding
 from fastft.patch.confirm import undisturbed
 from fastft.patch.labels import count_padding
 from fastft.patch.packing import kept
+from fastft.patch.pretrained import is_pretrained
 from fastft.patch.swap import original_forward, swap, swap_of
 
 
 def is_candidate(module: nn.Module) -> bool:
     """A model of transformers with a loss, which names no base model."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
-        return False
-    return "labels" in inspect.signature(type(module).forward).parameters
+    return is_pretrained(module) and "labels" in inspect.signature(type(module).forward).parameters
 
 
 def guard(module: nn.Module) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.decode.layers import DECODE_WEIGHT, Unfit
+from fastft.decode.linears import DECODE_WEIGHT, Unfit
 from fastft.foreign import ForeignModule
 from fastft.ops.quantized_layer import computing, kind_of
 from fastft.patch.base_cost import BaseCost, base_cost
-from fastft.patch.confirm import undisturbed
+from fastft.patch.confirm import gap, size, undisturbed
 from fastft.patch.model import patch, unpatch
 from fastft.patch.padding import evaluating
 from fastft.patch.swap import swap_of, switched_off
@@ -148,7 +148,7 @@ def _compare(model: nn.Module, batch: Mapping[str, Any], wanted: Any, got: Any) 
         tolerance=max(_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes),
     )
     rounding = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-    largest = max((g.norm().item() for g in wanted[2].values()), default=0.0)
+    largest = max(map(size, wanted[2].values()), default=0.0)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -160,14 +160,12 @@ def _compare(model: nn.Module, batch: Mapping[str, Any], wanted: Any, got: Any) 
             result.remarks.append(f"{name}: only {which} a gradient")
         elif before is not None:
             # A gradient that is zero but for rounding (a key's bias) has no relative error.
-            scale = max(before.norm().item(), rounding / result.tolerance * largest)
-            gap = (now.double() - before.double()).norm().item()
-            result.gradients[name] = gap / scale if scale else gap
+            scale = max(size(before), rounding / result.tolerance * largest)
+            apart = gap(now, before)
+            result.gradients[name] = apart / scale if scale else apart
     return result
 
 
 def _relative(ours: Tensor, wanted: Tensor) -> float:
-    gap = (ours.double() - wanted.double()).norm().item()
-    size = wanted.double().norm().item()
-    out: float = gap / size if size > 0 else gap
-    return out
+    """Of what is zero as it should be (a loss without labels), the difference itself."""
+    return gap(ours, wanted) / (size(wanted) or 1.0)

@@ -15,6 +15,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = kWarps * kWarp;
 constexpr int kTile = 16;     // tokens that share a read of the weight
 constexpr int kOutputs = 16;  // of a block of the tensor cores
+
 // ---- the adapter ---------------------------------------------------------------------------------
 
 // low[row, j] = x[row] . a[j]: a block per element.

@@ -9,20 +9,10 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 FOLDER = os.environ.get("FASTFT_EMULATED")
 if FOLDER is None:
     collect_ignore_glob = ["*"]
-
-
-@pytest.fixture(autouse=True)
-def _nan_filled():
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

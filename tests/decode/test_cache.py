@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from decoders import PAD, EveryDraft, padded, prompt, tiny
+from decoders import PAD, padded, prompt, tiny
 from transformers import DynamicCache, StaticCache
 
 import fastft
-from fastft.decode import loop
 from fastft.decode.cache import KVCache
 from fastft.decode.cache_name import NAMES, own_name
 
@@ -48,8 +47,7 @@ def turns(model, **kwargs):
 
 
 @pytest.mark.parametrize("speculation", [None, "prompt_lookup", "itself"])
-def test_a_second_turn_equals_one_call(llama, speculation, monkeypatch):
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
+def test_a_second_turn_equals_one_call(llama, speculation, every_draft):
     drafts = llama if speculation == "itself" else speculation
     ours, whole, _ = turns(llama, speculation=drafts)
     assert torch.equal(ours.sequences, whole.sequences)
@@ -78,8 +76,7 @@ def test_only_what_the_input_begins_with_is_kept(llama):
 
 @pytest.mark.parametrize("where", ["streamer", "criterion", "processor"])
 @pytest.mark.parametrize("speculation", [None, "prompt_lookup", "itself"])
-def test_a_cache_is_whole_after_an_interruption(llama, where, speculation, monkeypatch):
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
+def test_a_cache_is_whole_after_an_interruption(llama, where, speculation, every_draft):
     drafts = llama if speculation == "itself" else speculation
     x, calls = padded([7, 4]), []
 

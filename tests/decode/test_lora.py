@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from decoders import EveryDraft, padded, prompt, tiny
+from decoders import padded, prompt, tiny
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 
 import fastft
-from fastft.decode import loop
 from fastft.decode.exit_head import ExitHead
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -73,8 +72,7 @@ def test_switching_and_training_adapters_is_seen():
 
 
 @pytest.mark.parametrize("speculation", [None, "prompt_lookup", "draft", "exit"])
-def test_an_adapter_for_each_row(speculation, monkeypatch):
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
+def test_an_adapter_for_each_row(speculation, every_draft):
     model, x = adapted(adapters=("one", "two")), padded([7, 4, 6, 5])
     names = ["two", "__base__", "one", "two"]
     drafts = {"draft": tiny(), "exit": ExitHead(32, 2, rank=4)}.get(speculation, speculation)

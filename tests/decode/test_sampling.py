@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from decoders import EveryDraft, tiny
+from decoders import tiny
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -15,6 +15,8 @@ from transformers.generation.logits_process import (
 import fastft
 from fastft.decode import acceptance, loop
 from fastft.decode.exit_head import ExitHead
+
+pytestmark = pytest.mark.usefixtures("every_draft")
 
 SIZE, NEW = 9, 3
 # Whatever comes behind 5 has come before, so that prompt lookup always has a draft.
@@ -84,11 +86,6 @@ def deviation(counts, chances) -> float:
     return float((total - freedom) / (2 * freedom) ** 0.5)
 
 
-@pytest.fixture(autouse=True)
-def _always_draft(monkeypatch):
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
-
-
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("kind", ["prompt_lookup", "draft", "itself", "exit", "modules"])
 def test_distribution(models, kind, asked):
@@ -106,10 +103,10 @@ def test_a_wrong_acceptance_would_be_seen(models, kind, monkeypatch):
 
     def wrong(scores, draft, q, generator):
         q = torch.full_like(scores[:, :-1], 0.5) if q is None else 0.5 * q
-        return acceptance.accept_sampled_rows(scores, draft, q, generator)
+        return acceptance.accept_sampled(scores, draft, q, generator)
 
     kwargs, processors = ASKED["temperature"]
-    monkeypatch.setattr(loop, "accept_sampled_rows", wrong)
+    monkeypatch.setattr(loop, "accept_sampled", wrong)
     assert deviation(draws(target, 2000, kwargs, drafts[kind]), exact(target, processors)) > 8
 
 

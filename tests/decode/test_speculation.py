@@ -2,20 +2,16 @@
 
 import pytest
 import torch
-from decoders import FUSED, EveryDraft, padded, prompt, tiny
+from decoders import FUSED, padded, prompt, tiny
 
 import fastft
-from fastft.decode import loop, weights
+from fastft.decode import weights
 from fastft.decode.cache_name import own_name
 from fastft.decode.exit_head import ExitHead
 
+pytestmark = pytest.mark.usefixtures("every_draft")
+
 KINDS = ("prompt_lookup", "draft", "modules", "exit")
-
-
-@pytest.fixture(autouse=True)
-def _always_draft(monkeypatch):
-    """Whether drafts pay is measured, and these models are too small to tell."""
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
 
 
 def close_to(model):

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from decoders import EveryDraft, padded, prompt, tiny
+from decoders import padded, prompt, tiny
 from transformers import TextStreamer
 
 import fastft
-from fastft.decode import loop
 
-
-@pytest.fixture(autouse=True)
-def _always_draft(monkeypatch):
-    monkeypatch.setattr(loop, "DraftLength", EveryDraft)
+pytestmark = pytest.mark.usefixtures("every_draft")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fastft
-from fastft.decode.layers import DECODE_WEIGHT
+from fastft.decode.linears import DECODE_WEIGHT
 from fastft.decode.weights import KINDS, DecodeWeight, perplexity, store
 from fastft.ops import quantized_linear
 from fastft.ops.quantized_linear import dequantize

@@ -28,6 +28,7 @@ class Settings(Config):
     stop: list[str] = option(["."], "texts that end it")
     weights: list[float] | None = option(None, "of the labels", least=-5)
     no_repeat: int = option(0, "n-grams")
+    between: str = option("\n", "what parts them")
 
     def check(self):
         if self.task == "classify" and self.stop != ["."]:
@@ -217,8 +218,9 @@ def test_help_lists_every_setting(flag, capsys):
         "--rate FLOAT learning rate (default: 0.001)",
         "--patch, --no-patch patch it (default: True)",
         "--task {classify,lm} what to learn (default: lm)",
-        "--stop STR [STR ...] texts that end it (default: ['.'])",
-        "--limit INT rows (default: None)",
+        "--stop STR [STR ...] texts that end it (default: .)",
+        "--limit INT rows --offset FLOAT",
+        r"--between STR what parts them (default: '\n')",
     ):
         assert expected in shown
 

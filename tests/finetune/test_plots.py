@@ -19,7 +19,6 @@ DRAWN = {
     "curves": lambda path: plots.curves(HISTORY, path),
     "curves of nothing": lambda path: plots.curves([], path),
     "confusion": lambda path: plots.confusion([[5, 1], [0, 0]], NAMES, path),
-    "lengths": lambda path: plots.lengths({NAMES[0]: [1, 2, 9], "b": []}, path, limit=8),
     "forgetting": lambda path: plots.forgetting([[0.9, float("nan")], [0.7, 0.8]], NAMES, path),
 }
 
@@ -33,8 +32,6 @@ def test_is_a_picture(name, tmp_path):
 def test_what_cannot_be_drawn(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         plots.curves(HISTORY, tmp_path / "nowhere" / "plot.png")
-    with pytest.raises(UserError, match="no rows"):
-        plots.lengths({"a": []}, tmp_path / "plot.png")
 
 
 def test_pyplot_stays_out(tmp_path):

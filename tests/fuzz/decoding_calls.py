@@ -76,7 +76,7 @@ def decoder_layer(draw: Draw) -> Call:
     """New tokens of several rows over a cache, from the first token on or behind others."""
     kind = draw.choice(KINDS)
     weights = draw.choice([torch.float32, torch.bfloat16, torch.float16, 8, 4])
-    # Of fewer inputs than three, a norm makes one number, and the result is rounding.
+    # Of few inputs a norm makes nearly one number, and the result is mostly rounding.
     run = 32 if weights == 4 else 1  # int4 takes inputs in runs
     dim = 16 if weights == 4 else 2 * draw.size(20, 1)
     ranks = tuple(draw.size(12, 1) for _ in range(draw.randint(0, 2)))
@@ -84,7 +84,7 @@ def decoder_layer(draw: Draw) -> Call:
     if kind != "gpt2" and draw.random() < 0.3:
         options |= {n: NormWeight(torch.rand(dim) + 0.5) for n in ("query_norm", "key_norm")}
     layer = make_layer(
-        kind, weights, ranks, draw.getrandbits(30), hidden=max(3, run * draw.size(70 // run, 1)),
+        kind, weights, ranks, draw.getrandbits(30), hidden=max(8, run * draw.size(70 // run, 1)),
         inner=run * draw.size(70 // run, 1), heads=2 * draw.randint(1, 3), dim=dim,
         **options,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from models import VOCABULARY, causal_lm, with_lora
 
 from fastft.decode.cuda_graph import CudaGraphs, GraphStep
 from fastft.decode.generate import generate
-from fastft.decode.layers import DECODE_WEIGHT
+from fastft.decode.linears import DECODE_WEIGHT
 from fastft.decode.step import FusedStep
 from fastft.decode.weights import DecodeWeight
 from fastft.ops.quantized_linear import dequantize

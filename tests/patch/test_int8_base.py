@@ -9,7 +9,8 @@ from test_base_weights import batch, gradients, llama, with_lora
 from torch.nn import functional as F
 
 import fastft
-from fastft.decode.layers import DECODE_WEIGHT, Reading, read
+from fastft.decode.layers import read
+from fastft.decode.linears import DECODE_WEIGHT, Reading
 from fastft.decode.weights import perplexity
 from fastft.ops.quantized_layer import QuantizedLinear, computing, quantized_layers
 from fastft.ops.quantized_linear import dequantize

@@ -5,6 +5,7 @@ import torch
 from models import batch, causal_lm, with_lora
 
 from fastft.patch import patch, verify
+from fastft.patch.confirm import relative
 from fastft.patch.swap import swap_of
 
 
@@ -44,6 +45,46 @@ def test_sees_a_lost_gradient():
     record.replacement = lambda module, x: right(module, x).detach()
     result = verify(model, batch("right"))
     assert not result.ok and any("mlp" in name for name in result.without_gradient)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_sees_gradients_that_are_no_numbers(number):
+    model = with_lora(causal_lm("llama")).train()
+    patch(model)
+    record = [r for m in model.modules() if (r := swap_of(m)) and r.operator == "gated_mlp"][-1]
+    right = record.replacement
+
+    def broken(module, x):
+        out = right(module, x)
+        out.register_hook(lambda grad: grad * number)
+        return out
+
+    record.replacement = broken
+    result = verify(model, batch("right"))
+    assert result.loss < 1e-5 and result.logits < 1e-5, "the forward is right"
+    assert not result.ok and result.worst_gradient[1] == torch.inf
+
+
+def test_sees_logits_that_are_no_numbers():
+    model = causal_lm("llama").requires_grad_(False)
+    patch(model)
+    head = swap_of(model)
+
+    def broken(module, **arguments):
+        output = type(module).forward(module, **arguments)
+        output.logits = output.logits.index_fill(1, torch.tensor([-1]), torch.nan)
+        return output
+
+    head.replacement = broken
+    result = verify(model, batch("none"))
+    assert result.loss < 1e-5 and result.logits == torch.inf and not result.ok
+
+
+def test_what_is_infinite_on_both_sides_agrees():
+    a = torch.tensor([1.0, -torch.inf, torch.nan])
+    b = torch.tensor([1.0, torch.inf, torch.nan])
+    assert relative(a, a) == 0 and relative(a, b) == relative(b, a) == torch.inf
+    assert relative(a * 1.01, a) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_wrong_arguments():

@@ -20,12 +20,12 @@ from torch import nn
 
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import adapter, layers
+from fastft.finetune.tasks import TASKS
 from fastft.foreign import ForeignModule
 
 METHODS = (
     "full", "top-layers", "bitfit", "lora", "dora", "adapter", "prompt", "prefix", "ia3", "qlora",
 )  # fmt: skip
-TASKS = ("classify", "ner", "lm", "sft")
 # Names what layers it goes to; the others have no such choice.
 _TARGETED = ("lora", "dora", "qlora", "ia3", "adapter")
 
@@ -126,9 +126,8 @@ def _bitfit(model: nn.Module, task: str) -> nn.Module:
 def count(model: ForeignModule) -> tuple[int, int]:
     """Numbers of trainable parameters and of all."""
     if hasattr(model, "get_nb_trainable_parameters"):
-        out: tuple[int, int] = (
-            model.get_nb_trainable_parameters()
-        )  # counts quantised weights unpacked
+        # PEFT counts quantised weights unpacked.
+        out: tuple[int, int] = model.get_nb_trainable_parameters()
         return out
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

@@ -13,8 +13,6 @@ from fastft.finetune.methods.cache_for_peft import name_cache
 from fastft.foreign import ForeignModule
 
 TASK_TYPES = {"classify": "SEQ_CLS", "ner": "TOKEN_CLS", "lm": "CAUSAL_LM", "sft": "CAUSAL_LM"}
-
-
 # Queries, keys and values in one: PEFT scales all three.
 _TOGETHER = (("c_attn",), ("Wqkv",), ("qkv_proj",), ("query_key_value",))
 
