@@ -14,8 +14,9 @@ formats for deep learning); e4m3 for gradients too, since each row has a scale o
 
 On CUDA the products are PyTorch's, with a scale per row and per column (torch._scaled_mm). It gives
 bfloat16, whatever x is; takes sizes that are multiples of 16, others go to the reference; and reads
-both operands along the sum, so backward writes W once more, transposed: a byte a number, at Llama
-sizes a hundredth of the step. The reference multiplies in float32 and rounds once, to x's type.
+both operands along the sum, so backward writes W once more, transposed: a byte a number, by that
+about a hundredth of a step at Llama sizes. The reference multiplies in float32 and rounds once, to
+x's type.
 """
 
 from importlib.util import find_spec
@@ -63,9 +64,9 @@ def _fp8_product(
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _fits(a: Tensor, out: int) -> bool:
-    """Whether PyTorch's product takes these sizes."""
-    return a.numel() > 0 and out > 0 and not a.shape[1] % _MULTIPLE and not out % _MULTIPLE
+def fits(inner: int, out: int) -> bool:
+    """Whether PyTorch's product takes these sizes of a weight; else the reference computes it."""
+    return min(inner, out) > 0 and inner % _MULTIPLE == 0 and out % _MULTIPLE == 0
 
 
 @implement(_fp8_product, "CUDA", "PyTorch's fp8 product")
@@ -79,7 +80,7 @@ def _library_product(
     dtype: torch.dtype,
 ) -> Tensor:
     out = b.shape[1 if transposed else 0]
-    if not _fits(a, out):
+    if not len(a) or not fits(a.shape[1], out):
         y: Tensor = _fp8_product.reference(a, a_scale, b, b_scale, bias, transposed, dtype)
         return y
     # As bytes: not every device copies fp8, and all copy these.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastft.ops.fp8_linear import fits
 from fastft.ops.quantized_layer import quantized_layers
 from fastft.patch import attention, generate
 from fastft.patch import base_weights as stored_base
@@ -66,7 +67,9 @@ def patch(
             if base_weights is not None:
                 replaced = stored_base.store(model, base_weights, originals)
             for layer in quantized_layers(model):
-                report.add(layer, f"{layer.kind}_linear", f"{layer.kind}_product")
+                odd = layer.kind == "fp8" and not fits(layer.in_features, layer.out_features)
+                told = "by the reference: sizes are no multiples of 16" if odd else ""
+                report.add(layer, f"{layer.kind}_linear", f"{layer.kind}_product", told)
             if base_weights is not None and not quantized_layers(model):
                 report.leave(model, f"base_weights={base_weights!r}: no linear layer is frozen")
             patcher.run(model)

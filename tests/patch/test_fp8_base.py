@@ -87,3 +87,12 @@ class TestWhereItIs:
         layers = quantized_layers(model)
         now = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
         assert 1.8 < before / now <= 2
+
+    def test_sizes_that_the_product_does_not_take_are_told(self):
+        model = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.Linear(24, 48))
+        report = fastft.patch(model.requires_grad_(False), base_weights="fp8")
+        told = "by the reference: sizes are no multiples of 16"
+        assert report.count("fp8_linear") == 2 and {e.reason for e in report.swapped} == {told}
+        model = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 48))
+        report = fastft.patch(model.requires_grad_(False), base_weights="fp8")
+        assert report.count("fp8_linear") == 2 and {e.reason for e in report.swapped} == {""}
