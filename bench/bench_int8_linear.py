@@ -12,9 +12,10 @@ import torch
 
 from fastft.finetune.assets import CACHE
 from fastft.finetune.demo import Settings, adamw, load_lora, local, train_step
-from fastft.ops.int8_layer import int8_layers
-from fastft.ops.int8_linear import _round_rows, int8_product
+from fastft.ops.int8_linear import int8_product
+from fastft.ops.quantized_layer import quantized_layers
 from fastft.ops.quantized_linear import quantize
+from fastft.ops.round_rows import _round_rows
 from fastft.patch import patch
 
 
@@ -24,7 +25,7 @@ def held(model, everything: bool) -> int:
     for name, parameter in model.named_parameters():
         if "lora_" not in name and (everything or name.endswith("base_layer.weight")):
             total += parameter.numel() * parameter.element_size()
-    for layer in int8_layers(model):
+    for layer in quantized_layers(model):
         total += sum(b.numel() * b.element_size() for b in layer.buffers())
     return total
 

@@ -14,7 +14,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from bench import int8_large, int8_outliers, workflows
+from bench import base_kinds, int8_large, int8_outliers, workflows
 from bench.workflow_data import reviews, write
 from bench.workflows import MINILM, ROOT, SMOLLM, fastft, table
 
@@ -86,7 +86,15 @@ def outliers(work: Path) -> str:
     return int8_outliers.section(work)
 
 
+def kinds(work: Path) -> str:
+    import torch
+
+    torch.set_num_threads(workflows.THREADS)
+    return base_kinds.section(work)
+
+
 SECTIONS = {
+    "int8 and fp8": kinds,
     "Outliers of activations": outliers,
     "Fine-tuning on alpaca": alpaca,
     "Sentiment of reviews": sentiment,

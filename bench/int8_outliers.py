@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.workflows import MINILM, SMOLLM, table
-from fastft.ops.int8_linear import _round_rows
 from fastft.ops.quantized_linear import dequantize, quantize
+from fastft.ops.round_rows import _round_rows
 from fastft.patch import patch
 
 TOKENS, LENGTH = 4096, 256
@@ -117,12 +117,10 @@ def simulated(model: nn.Module, variant: Variant, found: dict, from_norm: tuple)
     return model
 
 
-@torch.no_grad()
-def language() -> list[tuple]:
-    from transformers import AutoModelForCausalLM
-
+def alpaca_rows() -> Tensor:
+    """Token ids, rows of LENGTH: four to calibrate, TOKENS to measure."""
     from fastft.finetune import assets, data
-    from fastft.finetune.loading import load_tokenizer, locate
+    from fastft.finetune.loading import load_tokenizer
 
     tokenizer = load_tokenizer(SMOLLM)
     records = data.read_alpaca(assets.dataset("alpaca"))
@@ -131,24 +129,33 @@ def language() -> list[tuple]:
     ids: list[int] = []
     while len(ids) < TOKENS + 4 * LENGTH:
         ids += tokenizer(next(texts))["input_ids"]
-    rows = torch.tensor(ids[: TOKENS + 4 * LENGTH]).view(-1, LENGTH)
-    calibration, rows = rows[:4], rows[4:]
+    return torch.tensor(ids[: TOKENS + 4 * LENGTH]).view(-1, LENGTH)
+
+
+def perplexity(model: nn.Module, rows: Tensor) -> float:
+    losses = [model(input_ids=row[None], labels=row[None]).loss for row in rows]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+@torch.no_grad()
+def language() -> list[tuple]:
+    from transformers import AutoModelForCausalLM
+
+    from fastft.finetune.loading import locate
+
+    calibration, rows = alpaca_rows().split((4, TOKENS // LENGTH))
     model = AutoModelForCausalLM.from_pretrained(locate(SMOLLM), dtype=torch.float32).eval()
 
-    def perplexity(model) -> float:
-        losses = [model(input_ids=row[None], labels=row[None]).loss for row in rows]
-        return math.exp(float(torch.stack(losses).mean()))
-
     found = peaks(model, lambda m: m(input_ids=calibration))
-    before = perplexity(model)
+    before = perplexity(model, rows)
     told = [("float32", f"{before:.4f}", "")]
     for variant in VARIANTS:
         norm = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-        now = perplexity(simulated(model, variant, found, norm))
+        now = perplexity(simulated(model, variant, found, norm), rows)
         told.append((variant.name, f"{now:.4f}", f"{100 * (now / before - 1):+.2f} %"))
         print(told[-1], flush=True)
     patch(model.requires_grad_(False), base_weights="int8")
-    now = perplexity(model)
+    now = perplexity(model, rows)
     told.append(('`fastft.patch(model, base_weights="int8")` itself', f"{now:.4f}",
                  f"{100 * (now / before - 1):+.2f} %"))  # fmt: skip
     return told

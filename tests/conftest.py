@@ -50,3 +50,17 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     extension.limit_isa("avx512vnni")
+
+
+@pytest.fixture
+def fp8_anywhere(monkeypatch):
+    """base_weights="fp8" is not refused: the reference computes it, as it may where a test asks."""
+    monkeypatch.setattr("fastft.ops.fp8_linear.why_not", lambda device: None)
+
+
+@pytest.fixture(params=["int8", "fp8"])
+def base(request):
+    """The kinds of base_weights."""
+    if request.param == "fp8":
+        request.getfixturevalue("fp8_anywhere")
+    return request.param

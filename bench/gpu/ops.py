@@ -17,7 +17,7 @@ from bench.gpu.shapes import LLAMA_1B, LLAMA_8B, QWEN_05B, Shape, packed
 from fastft.library import operators
 from fastft.ops import cross_entropy as losses
 from fastft.ops import gated_mlp as mlp
-from fastft.ops import low_rank, norm, rotary
+from fastft.ops import low_rank, norm, rotary, round_rows
 from fastft.ops.attention import attention as fused_attention
 
 
@@ -221,6 +221,9 @@ def kernels(session: Session, shape: Shape) -> Report:
         "low_rank_add_": (
             2 * gate.numel(), low_rank._low_rank_add_, gate, narrow, wide, None, 1.0, 1e-3,
         ),
+        # A byte is written for each of two that are read.
+        "round_rows": (3 * gate.numel() // 2, round_rows._round_rows, gate, None),
+        "round_rows_fp8": (3 * gate.numel() // 2, round_rows._round_rows_fp8, gate, None),
     }  # fmt: skip
     size = x.element_size()
     sides, floors = {}, {}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bench.gpu.case import Here, Skip
 
-DISTRIBUTIONS = ("liger-kernel", "cut-cross-entropy", "trl", "unsloth")
+DISTRIBUTIONS = ("liger-kernel", "cut-cross-entropy", "trl", "unsloth", "bitsandbytes")
 
 
 def installed(distribution: str) -> bool:
@@ -85,6 +85,28 @@ def unsloth_lora(here: Here) -> tuple[Callable, Callable]:
         return fast.LoRA_MLP.apply(x, *flat, fast.swiglu_fg_kernel, fast.swiglu_DWf_DW_dfg_kernel)
 
     return layer, mlp
+
+
+def bitsandbytes(here: Here, four_bits: bool) -> Callable:
+    """layer -> a frozen one of bitsandbytes with its weight, as QLoRA or transformers sets it."""
+    need(here, "bitsandbytes")
+    nn = importlib.import_module("bitsandbytes.nn")
+
+    def stored(layer: torch.nn.Linear) -> torch.nn.Linear:
+        sizes = layer.in_features, layer.out_features, layer.bias is not None
+        weight = layer.weight.data.cpu()  # what it finds elsewhere is taken for stored already
+        if four_bits:
+            kind = {"quant_type": "nf4", "compress_statistics": True}
+            new = nn.Linear4bit(*sizes, compute_dtype=weight.dtype, device="meta", **kind)
+            made = nn.Params4bit(weight, requires_grad=False, module=new, **kind)
+        else:
+            kind = {"has_fp16_weights": False}
+            new = nn.Linear8bitLt(*sizes, threshold=6.0, device="meta", **kind)
+            made = nn.Int8Params(weight, requires_grad=False, **kind)
+        new.weight, new.bias = made.to(layer.weight.device), layer.bias
+        return new
+
+    return stored
 
 
 def varlen_attention(here: Here) -> Callable:

@@ -1,5 +1,6 @@
-"""Operators made of matrix products: a LoRA layer, a LoRA MLP, and a model's head with its loss."""
+"""Operators made of matrix products: layers of LoRA and of eight bits, and a head with its loss."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,9 +11,11 @@ from bench.gpu import peers
 from bench.gpu.case import Case, Floor, Goal, Here, Report, Skip, ahead_of_all, at_most, randn
 from bench.gpu.measure import Session, Side, passes
 from bench.gpu.shapes import GEMMA_2B, LLAMA_1B, LLAMA_8B, QWEN_05B, RANK, Shape
+from fastft.ops import fp8_linear
 from fastft.ops import linear_cross_entropy as heads
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_mlp import lora_mlp
+from fastft.ops.quantized_layer import KINDS
 
 SCALE = 2.0
 FROZEN, PRODUCTS = "frozen layer alone", "its products alone"
@@ -71,6 +74,37 @@ def lora_layer(session: Session, shape: Shape, with_unsloth: bool) -> Report:
     floor = Floor(operations=_operations(shape.tokens, (weight,)), dtype=here.dtype)
     goal = at_most(FROZEN, 1.1, "at most 1.1x of the frozen layer's own two products")
     return session.measure(sides, floor=floor).judge(goal, ahead_of_all(FROZEN))
+
+
+def frozen_layer(session: Session, shape: Shape) -> Report:
+    """Both products of a layer, and the rounding before each, over a weight of each kind."""
+    here, shape = session.here, shape.here(session.here)
+    x = randn(here, shape.tokens, shape.hidden, grad=True)
+    weight, *_ = _layer(here, shape.hidden, shape.intermediate)
+    dy = randn(here, shape.tokens, shape.intermediate)
+
+    def over(kind):
+        lacking = fp8_linear.why_not(x.device) if kind == "fp8" else None
+        if lacking is not None:
+            raise Skip(lacking)
+        store, multiply = KINDS[kind]
+        stored = store(weight)
+        return replace(passes(lambda x: multiply(x, stored), (x,), dy), compare=False)
+
+    sides = {
+        "eager": passes(lambda x: F.linear(x, weight), (x,), dy),
+        "fastft": lambda: over("int8"),
+        "fastft fp8": lambda: over("fp8"),
+    }
+    floor = {"eager": Floor(operations=4 * shape.tokens * weight.numel(), dtype=here.dtype)}
+    report = session.measure(sides, floor=floor)
+    report.notes.append('"fastft" is int8; the floor is of the weight as it is')
+    goals = (("int8", "fastft"), ("fp8", "fastft fp8"))
+    return report.judge(
+        *(Goal(f"{kind}: 1.3 times as fast as eager",
+               lambda rows, side=side: 1.3 * rows[side].ms <= rows["eager"].ms)
+          for kind, side in goals)
+    )  # fmt: skip
 
 
 def lora_gated_mlp(session: Session, shape: Shape, with_unsloth: bool) -> Report:
@@ -241,6 +275,7 @@ def cases() -> list[Case]:
         made += [
             Case.of(f"lora layer {shape.name}", lora_layer, shape, False),
             Case.of(f"lora_mlp {shape.name}", lora_gated_mlp, shape, False),
+            Case.of(f"layer in eight bits {shape.name}", frozen_layer, shape),
         ]
     name = f"linear_cross_entropy {GEMMA_2B.name}, frozen head, softcap 30"
     made.append(Case.of(name, linear_cross_entropy, GEMMA_2B, False, 30.0))

@@ -122,7 +122,7 @@ def cases_of(section: str, here: Here, only: str = "") -> list[Case]:
         ops, products = (importlib.import_module(f"bench.gpu.{n}") for n in ("ops", "products"))
         found = [RATES, *ops.kernel_cases(), *products.cases(), *ops.cases()]
     elif section == "bench-steps":
-        files = (importlib.import_module(f"bench.gpu.{n}") for n in ("encoders", "steps", "int8"))
+        files = (importlib.import_module(f"bench.gpu.{n}") for n in ("encoders", "steps", "base"))
         found = [RATES, *(case for file in files for case in file.cases())]
     else:
         name = section.removeprefix("bench-")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastft.decode.linears import Reading, Unfit, check_plain, plain_weight, read_linear
 from fastft.foreign import ForeignModule
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
-from fastft.ops.int8_layer import Int8Linear, computing
+from fastft.ops.quantized_layer import QuantizedLinear, computing
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
@@ -103,7 +103,7 @@ def _named(module: nn.Module) -> set[str]:
         name
         for name, child in module._modules.items()
         if child is not None
-        and (child._parameters or child._modules or isinstance(child, Int8Linear))
+        and (child._parameters or child._modules or isinstance(child, QuantizedLinear))
     }
 
 

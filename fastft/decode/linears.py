@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastft.foreign import ForeignModule
 from fastft.ops.decoder_layer import Linear
-from fastft.ops.int8_layer import Int8Linear
+from fastft.ops.quantized_layer import QuantizedLinear
 from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
 
 # The attribute in which a layer has its copy for decoding: a DecodeWeight of fastft.decode.weights.
@@ -56,7 +56,9 @@ def _stored(
     utils = sys.modules.get("transformers.pytorch_utils")
     transposed = utils is not None and type(module) is utils.Conv1D
     held = vars(module).get(DECODE_WEIGHT) if stored else None
-    if isinstance(module, Int8Linear):
+    if isinstance(module, QuantizedLinear):
+        if module.kind != "int8":
+            raise Unfit(f"{what} holds {module.kind} numbers, which the step does not read")
         # Its own numbers, whatever was asked to be stored: only whether inputs are rounded.
         rounds = stored and (held is None or held.stored.round_inputs)
         own = None if module.bias is None else plain_weight(module.bias, what)
@@ -71,12 +73,12 @@ def _stored(
 
 def is_stored(module: nn.Module) -> bool:
     """Whether it has numbers of eight bits or less for decoding."""
-    return DECODE_WEIGHT in vars(module) or isinstance(module, Int8Linear)
+    return DECODE_WEIGHT in vars(module) or isinstance(module, QuantizedLinear)
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight (out, in) of a linear layer or Conv1D that the step reads; None if it is none."""
-    if isinstance(module, Int8Linear):
+    if isinstance(module, QuantizedLinear):
         return None
     try:
         return _stored(module, "", stored=False)[0].values

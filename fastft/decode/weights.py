@@ -6,7 +6,7 @@ inputs are rounded to int8 as well, so that the products are integer ones; the k
 _weight_only leave the inputs as they are, and take longer. The copies serve decoding alone;
 training, and any other forward, sees the weights they were made of. A copy is made anew when its
 weight has changed since. Layers of an int8 base (base_weights) are read as they are: nothing is
-stored twice.
+stored twice. Over an fp8 base fastft does not decode.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastft.decode.linears import DECODE_WEIGHT, weight_of
 from fastft.foreign import ForeignModule
-from fastft.ops.int8_layer import Int8Linear, int8_layers
+from fastft.ops.quantized_layer import QuantizedLinear, kind_of, quantized_layers
 from fastft.ops.quantized_linear import QuantizedWeight, quantize
 
 # bits, inputs per scale, whether inputs are rounded
@@ -40,7 +40,7 @@ class DecodeWeight:
 
     kind: str
     stored: QuantizedWeight
-    probe: Tensor | None = None  # of an Int8Linear, whose numbers these are: none
+    probe: Tensor | None = None  # of a QuantizedLinear, whose numbers these are: none
 
     @staticmethod
     def of(weight: Tensor, kind: str) -> "DecodeWeight":
@@ -104,9 +104,20 @@ def _probe(weight: Tensor) -> Tensor:
     return weight[_probed(weight.shape, weight.device)]
 
 
-def check_kind(kind: str) -> None:
+def check_kind(model: nn.Module, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"decode_weights: expected one of {list(KINDS)} or None, got {kind!r}")
+    base = kind_of(model)
+    if base == "fp8":
+        raise ValueError(
+            "decode_weights: expected None with base_weights='fp8', from whose layers fastft does "
+            f"not decode, got {kind!r}"
+        )
+    if base == "int8" and kind not in _INT8.values():
+        raise ValueError(
+            f"decode_weights: expected {' or '.join(_INT8.values())} with base_weights='int8', "
+            f"whose layers are decoded from as they are, got {kind!r}"
+        )
 
 
 def store(model: ForeignModule, kind: str) -> dict[tuple[str, str], int]:
@@ -115,15 +126,10 @@ def store(model: ForeignModule, kind: str) -> dict[tuple[str, str], int]:
     A layer whose inputs are no whole groups gets int8, and so does the head: in int4 it would
     cost SmolLM2-135M more perplexity than all other layers together.
 
-    Raises: ValueError for another kind than KINDS, or than int8's over an int8 base.
+    Raises: ValueError for another kind than KINDS, or than int8's over an int8 base, or over fp8.
     """
-    check_kind(kind)
-    base = int8_layers(model)
-    if base and kind not in _INT8.values():
-        raise ValueError(
-            f"decode_weights: expected {' or '.join(_INT8.values())} with base_weights='int8', "
-            f"whose layers are decoded from as they are, got {kind!r}"
-        )
+    check_kind(model, kind)
+    base = quantized_layers(model)
     counts: dict[tuple[str, str], int] = {}
     # Adapters are small, and their factors would lose most.
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "lora_B")]
@@ -131,7 +137,7 @@ def store(model: ForeignModule, kind: str) -> dict[tuple[str, str], int]:
     head = model.get_output_embeddings()
     for module in model.modules():
         weight = None if module in factors else weight_of(module)
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear):
             numbers = replace(module.stored, round_inputs=KINDS[kind][2])
             vars(module)[DECODE_WEIGHT] = DecodeWeight(kind, numbers)
             key = type(module).__name__, kind

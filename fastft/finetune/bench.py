@@ -43,8 +43,8 @@ class BenchConfig(Config):
     label_column: str | None = option(None, "where labels are; default: label (ner: tags)")
     multi_label: bool = option(False, "classify: any number of labels per text")
     precision: Literal["float32", "bf16"] = option("float32", "bf16: mixed precision, as in train")
-    base_weights: Literal["none", "int8"] = option(
-        "none", "int8: the patched side holds frozen layers in eight bits, as in train"
+    base_weights: Literal["none", "int8", "fp8"] = option(
+        "none", "the patched side holds frozen layers in eight bits, as in train"
     )
     decode_weights: Literal["none", "int8", "int4", "int4_g64"] = option(
         "none", "copies of the weights that the patched side decodes by, as in generate"
@@ -64,6 +64,8 @@ class BenchConfig(Config):
                 raise UserError("packing: only for the tasks lm and sft")
             if self.decode_weights != "none":
                 raise UserError("decode_weights: only for the tasks lm and sft")
+        if self.base_weights == "fp8" and self.decode_weights != "none":
+            raise UserError("decode_weights: fastft does not decode over an fp8 base")
 
     @property
     def works(self) -> list[str]:

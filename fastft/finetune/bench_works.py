@@ -55,6 +55,7 @@ class Material:
 
 def load(config: BenchConfig) -> Material:
     """The same in every process. Raises: UserError."""
+    running.check_base(config.base_weights, _device())
     rows = reading.splits(config.data)["train"]
     count = min(len(rows), _SPARE * (config.rounds + 1) * config.batch_size)
     rows = rows.select(data.shuffled(len(rows), config.seed)[:count])

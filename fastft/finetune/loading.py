@@ -122,7 +122,7 @@ def load_model(
         pad_id: the tokenizer's padding token, which GPT- and Llama-like classifiers must know.
         quantize: the base in 4 bits, by bitsandbytes (CUDA).
         trainable: an adapter's weights require gradients.
-        base_weights: "int8" rounds a language model's frozen layers as they are read, so that it
+        base_weights: "int8" or "fp8" rounds a language model's layers as they are read, so that it
             need not fit into memory in dtype.
     Raises: UserError.
     """
@@ -153,10 +153,12 @@ def load_model(
     info = {}
     with as_user_error(source):
         kind = getattr(transformers, HEADS[task])
-        if base_weights == "int8" and task in ("lm", "sft") and Path(base).is_dir():
+        if base_weights != "none" and task in ("lm", "sft") and Path(base).is_dir():
             from fastft.patch import load
 
-            model: Any = load(base, kind, dtype=options["dtype"], config=config)
+            model: Any = load(
+                base, kind, base_weights=base_weights, dtype=options["dtype"], config=config
+            )
         else:
             model, info = kind.from_pretrained(
                 base,

@@ -31,6 +31,7 @@ from fastft.finetune.train import RunResult, TrainConfig
 from fastft.losses import ClassificationLoss
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -101,14 +102,18 @@ def prepare(config: TrainConfig, rows: dict[str, Any]) -> Prepared:
     if config.replay:
         datasets["train"] = continual.replayed(datasets["train"], old, config.replay, config.seed)
     set_seed(config.seed)  # new heads and adapters are drawn from it
+    if config.base_weights == "fp8":
+        check_base("fp8", processes().device)
     model = with_method(load_model(config, tokenizer, names), config)
     report = None
     if config.patch:
         from fastft.patch import patch
 
         kind = None if config.base_weights == "none" else config.base_weights
+        if kind == "fp8":  # only where it is computed: Trainer would move the model later
+            model.to(processes().device)
         report = patch(model, base_weights=kind)
-        if kind is not None and not report.count("int8_linear"):
+        if kind is not None and not report.count(f"{kind}_linear"):
             why = [e.reason for e in report.left if e.reason.startswith("base_weights=")]
             raise UserError(f"{config.model}: {', '.join(why)}")
     loss = trainer.loss_of(config, model, datasets["train"])
@@ -138,6 +143,17 @@ def _check_integrations(config: TrainConfig) -> None:
             raise UserError(f"deepspeed: {config.deepspeed}: no such file")
         if find_spec("deepspeed") is None:
             raise UserError("deepspeed: not installed: pip install deepspeed")
+
+
+def check_base(kind: str, device: "torch.device") -> None:
+    """Raises: UserError where the device cannot compute over a base of this kind."""
+    from fastft.patch.base_weights import check_kind
+
+    try:
+        if kind != "none":
+            check_kind(kind, [device])
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_tokenizer(config: TrainConfig) -> "PreTrainedTokenizerBase":

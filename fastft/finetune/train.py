@@ -152,8 +152,8 @@ class TrainConfig(Config):
     resume: bool = option(False, help="go on with the run in the output folder")
     dry_run: bool = option(False, help="show settings, examples and estimates; train nothing")
     patch: bool = option(True, help="train with fastft's kernels")
-    base_weights: Literal["none", "int8"] = option(
-        "none", help="int8: frozen layers hold eight bits (lora, prompt, prefix and ia3)"
+    base_weights: Literal["none", "int8", "fp8"] = option(
+        "none", help="frozen layers hold eight bits, fp8 on GPUs (lora, prompt, prefix and ia3)"
     )
     threads: int | None = option(None, least=1, help="of the CPU; default: PyTorch's choice")
     logging_steps: int = option(10, least=1, help="steps between two points of the curves")

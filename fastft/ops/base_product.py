@@ -2,8 +2,9 @@
 
     y = x W^T + bias + narrow wide            dx = total + dy W
 
-The weight is floating point, or int8 with a float32 scale per output channel; the products are then
-those of fastft.ops.int8_linear, and linears that share an input share its rounding.
+The weight is floating point, or int8 or fp8 with a float32 scale per output channel; the products
+are then those of fastft.ops.int8_linear or fp8_linear, and linears that share an input share its
+rounding.
 """
 
 from functools import cached_property
@@ -12,19 +13,25 @@ import torch
 from torch import Tensor
 
 from fastft.ops import gemm
-from fastft.ops.int8_linear import Rounded, _round_rows, int8_product
+from fastft.ops.fp8_linear import fp8_product
+from fastft.ops.int8_linear import Rounded, int8_product
 from fastft.ops.low_rank import low_rank_add_
+from fastft.ops.round_rows import FP8, _round_rows, _round_rows_fp8
 
 
 class Input:
-    """x (tokens, in), and what it is rounded to, once, when first wanted."""
+    """x (tokens, in), and what it is rounded to, each once, when first wanted."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
     @cached_property
-    def rounded(self) -> Rounded:
+    def int8(self) -> Rounded:
         return Rounded.of(self.x)
+
+    @cached_property
+    def fp8(self) -> tuple[Tensor, Tensor]:
+        return _round_rows_fp8(self.x, None)
 
 
 def forward_weight(weight: Tensor, transposed: bool) -> Tensor:
@@ -33,8 +40,8 @@ def forward_weight(weight: Tensor, transposed: bool) -> Tensor:
 
 def base_product(
     given: Input,
-    weight: Tensor,  # (out, in), or (in, out) if transposed; int8: (out, in)
-    scale: Tensor | None,  # (out,) of an int8 weight
+    weight: Tensor,  # (out, in), or (in, out) if transposed; int8, fp8: (out, in)
+    scale: Tensor | None,  # (out,) of an int8 or fp8 weight
     bias: Tensor | None,  # (out,)
     transposed: bool,
     narrow: Tensor,  # (tokens, rank) of an adapter; rank may be 0
@@ -42,11 +49,14 @@ def base_product(
     factor: float,  # of narrow
 ) -> Tensor:
     """x W^T + bias + factor narrow wide: (tokens, out), a new tensor of x's dtype."""
-    if scale is not None:
+    if scale is not None and weight.dtype is torch.int8:
         bias = None if bias is None else bias.float()
-        y = given.rounded.product(weight, scale, bias, (narrow * factor, wide))
+        y = given.int8.product(weight, scale, bias, (narrow * factor, wide))
         return y.to(given.x.dtype)
-    y = gemm.matmul(given.x, forward_weight(weight, transposed), bias)
+    if weight.dtype is FP8:
+        y = fp8_product(*given.fp8, weight, scale, given.x.dtype, bias)
+    else:
+        y = gemm.matmul(given.x, forward_weight(weight, transposed), bias)
     if narrow.shape[1]:
         low_rank_add_(y, narrow, wide, None, 1.0, factor)
     return y
@@ -64,5 +74,8 @@ def base_input_gradient(
         added = None if total is None else total.float()
         dx = int8_product(*_round_rows(dy, scale), weight, transposed=True, total=added)
         return dx.to(dy.dtype)
+    if weight.dtype is FP8:
+        dx = fp8_product(*_round_rows_fp8(dy, scale), weight, None, dy.dtype, transposed=True)
+        return dx if total is None else dx.add_(total)
     w = forward_weight(weight, transposed).t()
     return gemm.matmul(dy, w) if total is None else gemm.add_matmul(total, dy, w)

@@ -35,22 +35,10 @@ from fastft.library import (
 )
 from fastft.ops.low_rank import low_rank_add_
 from fastft.ops.quantized_linear import QuantizedWeight
+from fastft.ops.round_rows import _round_rows
 
 # Columns that stay floating point; bench/int8_outliers.py has what other numbers cost.
 _APART, _ONE_OF = 16, 32
-_TINY = 127 * torch.finfo(torch.float32).tiny
-
-
-@operator("round_rows(Tensor x, Tensor? factors) -> (Tensor values, Tensor scale)")
-def _round_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide if factors is None else wide * factors
-    peak = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(len(x))
-    nan = (wide * 0).sum(1)
-    some = (peak > _TINY) & (nan == 0)
-    inverse = torch.where(some, 127 / peak, 0)
-    values = torch.where(some[:, None], wide * inverse[:, None], 0).round()
-    return values.to(torch.int8), (torch.where(some, peak / 127, 0) + nan).float()
 
 
 @operator(
@@ -103,7 +91,7 @@ def _scale_sums_(
     sums.copy_((y if total is None else y + total).view(torch.int32))
 
 
-implement_in_triton("int8_linear", _round_rows, _scale_sums_)
+implement_in_triton("int8_linear", _scale_sums_)
 for _op in (_round_apart, _int8_columns):
     implement(_op, "CUDA", "Triton and PyTorch's operators")(_op.reference)
 

@@ -11,7 +11,7 @@ Backward goes through the rank always, never through B A or a full dW of a froze
 Linears that share an input (query, key, value; gate, up) share its reads and sum dX in place. The
 adapters may be of another dtype than the base: PEFT keeps float32 adapters on a half-precision
 base. The low-rank part is float32 throughout. Base products go to the device's GEMM library, or
-over an int8 weight to the integer products of fastft.ops.int8_linear.
+over an int8 or fp8 weight to the products of fastft.ops.int8_linear or fp8_linear.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from fastft.library import (
 from fastft.ops import gemm
 from fastft.ops.base_product import Input, base_input_gradient, base_product
 from fastft.ops.low_rank import low_rank_add_, low_rank_dot, low_rank_sum, wide_dtype
-from fastft.ops.quantized_linear import QuantizedWeight
+from fastft.ops.quantized_linear import EIGHT_BITS, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -273,9 +273,9 @@ def check_adapter(name: str, linear: LoraLinear, rows: int, columns: int) -> Non
         raise ValueError(f"{name}.dropout: expected 0 to 1, got {linear.dropout}")
 
 
-def _is_int8(weight: QuantizedWeight) -> bool:
+def _is_trained_over(weight: QuantizedWeight) -> bool:
     scale = weight.scale
-    return weight.values.dtype is torch.int8 and scale is not None and scale.dtype is torch.float32
+    return weight.values.dtype in EIGHT_BITS and scale is not None and scale.dtype is torch.float32
 
 
 def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
@@ -295,8 +295,10 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
                 f"linears[{i}].weight: expected {x.shape[-1]} inputs as x has, got {columns}"
             )
         if isinstance(weight, QuantizedWeight):
-            if each.transposed or not _is_int8(weight):
-                raise TypeError(f"linears[{i}].weight: expected int8 (out, in), a scale per output")
+            if each.transposed or not _is_trained_over(weight):
+                raise TypeError(
+                    f"linears[{i}].weight: expected int8 or fp8 (out, in), a scale per output"
+                )
         elif weight.dtype != x.dtype:
             raise TypeError(f"linears[{i}].weight: expected {x.dtype}, got {weight.dtype}")
         if each.bias is not None and each.bias.shape != (rows,):

@@ -10,6 +10,8 @@ W is what `dequantize` gives, from one of these storage layouts (`QuantizedWeigh
     int8    values (out, in) int8 in [-127, 127], rows contiguous (as `torch._int_mm` takes them).
             W = values * scale, with scale float32 (out, 1), one per output channel,
             or bfloat16 (out, in / group), one per group of 32 or 64 inputs.
+    fp8     values (out, in) e4m3 (torch.float8_e4m3fn), scale float32 (out, 1). For fp8_linear,
+            which trains over it; quantized_linear refuses it.
     int4    values (out, in / 2) uint8, `in` a multiple of 32. Every run of 32 inputs is 16 bytes:
             byte j holds input j in its low nibble and input j + 16 in its high nibble, each a
             number of [-8, 7] plus 8. W = number * scale, scale bfloat16 (out, in / group) as above.
@@ -42,6 +44,7 @@ from torch.nn import functional as F
 from fastft.library import autocast_dtype, needs_autograd, operator, rows_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # which may have a scale per output channel
 GROUPS = (32, 64)
 RUN = 32  # inputs that 16 bytes of int4 hold
 MAX_RANK = 256
@@ -59,9 +62,9 @@ class QuantizedWeight:
         values, scale = self.values, self.scale
         if values.dim() != 2:
             raise ValueError(f"values: expected two dimensions, got {tuple(values.shape)}")
-        if values.dtype not in (*FLOATS, torch.float64, torch.int8, torch.uint8):
+        if values.dtype not in (*FLOATS, torch.float64, *EIGHT_BITS, torch.uint8):
             raise TypeError(f"values: expected floating point, int8 or uint8, got {values.dtype}")
-        if values.is_floating_point():
+        if values.is_floating_point() and values.dtype not in EIGHT_BITS:
             if scale is not None:
                 raise ValueError(f"scale: expected None with values of {values.dtype}")
             return
@@ -70,13 +73,14 @@ class QuantizedWeight:
         out, inputs = self.shape
         if values.dtype is torch.uint8 and inputs % RUN:
             raise ValueError(f"values: expected a multiple of 16 bytes a row, got {inputs // 2}")
-        if scale.dtype is torch.float32 and values.dtype is torch.int8:
+        if scale.dtype is torch.float32 and values.dtype in EIGHT_BITS:
             wanted = [(out, 1)]
-        elif scale.dtype is torch.bfloat16:
+        elif scale.dtype is torch.bfloat16 and values.dtype is not torch.float8_e4m3fn:
             wanted = [(out, inputs // group) for group in GROUPS if inputs % group == 0]
         else:
-            kinds = "bfloat16" if values.dtype is torch.uint8 else "float32 or bfloat16"
-            raise TypeError(f"scale: expected {kinds}, got {scale.dtype}")
+            kinds = {torch.uint8: "bfloat16", torch.int8: "float32 or bfloat16"}
+            kind = kinds.get(values.dtype, "float32")
+            raise TypeError(f"scale: expected {kind}, got {scale.dtype}")
         if tuple(scale.shape) not in wanted:
             raise ValueError(
                 f"scale: expected shape {' or '.join(map(str, wanted)) or 'of whole groups'} in "

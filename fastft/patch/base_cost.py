@@ -1,4 +1,4 @@
-"""What an int8 base costs on a batch, against the original weights: perplexity and gradients."""
+"""What a base of eight bits costs on a batch, against the original weights."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastft.foreign import ForeignModule
-from fastft.ops.int8_layer import computing, int8_layers
+from fastft.ops.quantized_layer import computing, kind_of, quantized_layers
 
 
 @dataclass(frozen=True)
 class BaseCost:
-    """Pairs are of the original weights and of the int8 base, on the batch's own tokens."""
+    """Pairs are of the original weights and of those of eight bits, on the batch's own tokens."""
 
+    kind: str  # of base_weights
     loss: tuple[float, float]
     perplexity: tuple[float, float] | None  # of causal language models
     cosines: dict[str, float]  # of each trainable tensor's two gradients
@@ -26,7 +27,10 @@ class BaseCost:
         if self.perplexity is not None:
             name, (before, now) = "perplexity", self.perplexity
         change = f" ({100 * (now / before - 1):+.2f} %)" if before else ""
-        line = f"int8 base   {name} {now:.4g}{change} where the original weights give {before:.4g}"
+        line = (
+            f"{f'{self.kind} base':<12}{name} {now:.4g}{change} where the original weights give "
+            f"{before:.4g}"
+        )
         if not self.cosines:
             return line
         worst = min(self.cosines, key=self.cosines.__getitem__)
@@ -45,13 +49,15 @@ def base_cost(
     run(model, batch) gives loss, scores and the gradients by name. While the original weights are
     computed with they are held, as much memory as the base took in floating point.
     """
-    if any(layer.origin is None for layer in int8_layers(model)):
+    kind = kind_of(model)
+    if kind is None or any(layer.origin is None for layer in quantized_layers(model)):
         return None
     with computing(model, "original"):
         wanted = run(model, batch)
     got = run(model, batch)
     before, after = (_perplexity(model, batch, scores) for _, scores, _ in (wanted, got))
     return BaseCost(
+        kind,
         (float(wanted[0]), float(got[0])),
         None if before is None or after is None else (before, after),
         {

@@ -1,25 +1,36 @@
-"""Frozen linear layers of a model hold int8 numbers instead of their weights (base_weights="int8").
+"""Frozen linear layers of a model hold int8 or fp8 numbers instead of their weights (base_weights).
 
 Which layers: `nn.Linear` itself, or the base of a PEFT LoRA layer, whose weight takes no gradient
-and is nobody else's; the head and the embeddings stay. A layer is replaced by an `Int8Linear` in
-its parent, on this instance; `restore` puts the layer itself back, with the weight that the numbers
-stand for, or with the original where a folder keeps it.
+and is nobody else's; the head and the embeddings stay. A layer is replaced by a `QuantizedLinear`
+in its parent, on this instance; `restore` puts the layer itself back, with the weight that the
+numbers stand for, or with the original where a folder keeps it. fp8 is for devices that multiply
+it: elsewhere it is refused, rather than computed by the reference without a word.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastft.ops.int8_layer import Int8Linear, Origin
+from fastft.ops import fp8_linear
+from fastft.ops.quantized_layer import KINDS, Origin, QuantizedLinear, quantized_layers
 from fastft.patch.swap import has_own_forward, is_hooked
 
 FILE = "base_weights.safetensors"
 
 
-def check_kind(kind: str) -> None:
-    if kind != "int8":
-        raise ValueError(f"base_weights: expected 'int8', got {kind!r}")
+def check_kind(kind: str, devices: Iterable[torch.device]) -> None:
+    """Raises: ValueError for an unknown kind, or one that a device has no products of."""
+    if kind not in KINDS:
+        raise ValueError(f"base_weights: expected 'int8' or 'fp8', got {kind!r}")
+    for device in devices:
+        lacking = fp8_linear.why_not(device) if kind == "fp8" else None
+        if lacking is not None:
+            raise ValueError(
+                "base_weights: 'fp8' needs a CUDA device of compute capability 8.9 or later "
+                f"(Ada, Hopper, Blackwell), but {lacking}; 'int8' runs everywhere"
+            )
 
 
 def replaceable(
@@ -91,19 +102,27 @@ def _keep(layers: dict[str, tuple[nn.Module, str, nn.Linear]], folder: Path) -> 
     return {name: Origin(file, f"{names[name]}.weight") for name in layers}
 
 
-def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[Int8Linear]:
+def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[QuantizedLinear]:
     """Replaces the layers; those that are replaced already stay. The new ones, to be released.
 
-    Raises: ValueError for another kind than "int8", a folder of other weights, or a file.
+    Raises: ValueError for a kind that is none or is not for this device, for another than the model
+        holds, a folder of other weights, or a file.
     """
-    check_kind(kind)
     if originals is not None and Path(originals).is_file():
         raise ValueError(f"originals: expected a folder, got the file {originals}")
     layers = replaceable(model)
+    held = quantized_layers(model)
+    lying = [layer.weight for _, _, layer in layers.values()] + [layer.values for layer in held]
+    check_kind(kind, {each.device for each in lying or list(model.parameters())})
+    if held and held[0].kind != kind:
+        raise ValueError(
+            f"base_weights: expected {held[0].kind!r}, which the model's base holds "
+            f"already, got {kind!r}; fastft.unpatch(model) takes it out"
+        )
     origins = {} if originals is None or not layers else _keep(layers, Path(originals))
     made = []
     for name, (parent, own, layer) in layers.items():
-        made.append(Int8Linear(layer, origins.get(name)))
+        made.append(QuantizedLinear(layer, kind, origins.get(name)))
         made[-1].train(layer.training)
         setattr(parent, own, made[-1])
     return made
@@ -111,10 +130,10 @@ def store(model: nn.Module, kind: str, originals: str | Path | None) -> list[Int
 
 def restore(model: nn.Module) -> list[str]:
     """Puts the layers back; what their weights are now, for the report."""
-    counts = {"as they were": 0, "as int8 gave them: no folder kept the originals": 0}
+    counts = {"as they were": 0, "as eight bits gave them: no folder kept the originals": 0}
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if not isinstance(layer, Int8Linear):
+            if not isinstance(layer, QuantizedLinear):
                 continue
             rounded = layer.origin is None and not layer.replaced.weight.numel()
             setattr(parent, name, layer.restored())

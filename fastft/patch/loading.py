@@ -1,7 +1,7 @@
-"""load: a model whose frozen linear layers are rounded to int8 as they are read, one at a time.
+"""load: a model whose frozen linear layers are rounded to eight bits as they are read, one by one.
 
 A model that would not fit into memory in its own type is loaded so: what it takes at most is the
-int8 numbers, the embeddings, and one weight.
+numbers of eight bits, the embeddings, and one weight.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.ops.int8_layer import Int8Linear, Origin
+from fastft.ops.quantized_layer import Origin, QuantizedLinear
 from fastft.patch.base_weights import check_kind, replaceable
 
 
@@ -24,25 +24,26 @@ def load(
     dtype: torch.dtype = torch.float32,
     config: Any = None,
 ) -> nn.Module:
-    """The model of a checkpoint of safetensors, frozen, its linear layers in int8; for adapters.
+    """The model of a checkpoint of safetensors, frozen, its linear layers in eight bits.
 
-    Adapters of PEFT go onto it as onto any other, and `fastft.patch` swaps the rest. The checkpoint
-    keeps the original weights: `unpatch` and `verify` read them there.
+    It lies on the CPU. Adapters of PEFT go onto it as onto any other, and `fastft.patch` swaps the
+    rest. The checkpoint keeps the original weights: `unpatch` and `verify` read them there.
 
     Args:
         folder: a local folder, as `save_pretrained` writes it.
         kind: the class, one of transformers' Auto classes for instance; default
             AutoModelForCausalLM. Every weight it has must be in the checkpoint, by its own name.
-        base_weights: "int8"; see `fastft.patch`. The head and the embeddings stay in `dtype`.
+        base_weights: "int8" or "fp8"; see `fastft.patch`. The head and the embeddings stay in
+            `dtype`. fp8 needs a CUDA device that multiplies it, to which the model is moved then.
         config: the model's configuration; default: the folder's.
-    No code of the folder runs. Raises: ValueError for another base_weights, for a model that needs
-        code of its own, or weights that are missing or of other shapes;
-        FileNotFoundError for a folder without safetensors.
+    No code of the folder runs. Raises: ValueError for another base_weights, or where this machine
+        has no device for it, for a model that needs code of its own, or weights that are missing or
+        of other shapes; FileNotFoundError for a folder without safetensors.
     """
     import transformers
     from accelerate import init_empty_weights
 
-    check_kind(base_weights)
+    check_kind(base_weights, [torch.device("cuda")])
     folder = Path(folder)
     kind = kind or transformers.AutoModelForCausalLM
     # False, as without a word transformers asks at the terminal whether to run a folder's code.
@@ -61,7 +62,7 @@ def load(
         if origin is None:
             raise ValueError(f"folder: {folder} has no weight of {name}")
         weight = _read(origin, layer.weight, f"{name}.weight").to(dtype)
-        setattr(parent, own, Int8Linear(layer, origin, weight))
+        setattr(parent, own, QuantizedLinear(layer, base_weights, origin, weight))
     missing = []
     for name, parameter in list(model.named_parameters()):
         if not parameter.is_meta:

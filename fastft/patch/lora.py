@@ -1,4 +1,4 @@
-"""Swaps PEFT's LoRA layers, over nn.Linear, GPT-2's Conv1D, int8 and quantised bases.
+"""Swaps PEFT's LoRA layers, over nn.Linear, GPT-2's Conv1D, int8, fp8 and quantised bases.
 
 PEFT's state decides at every call: merged, disabled, mixed or DoRA adapters take PEFT's own path.
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastft.foreign import ForeignModule
-from fastft.ops.int8_layer import Int8Linear
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_onto import lora_onto
+from fastft.ops.quantized_layer import QuantizedLinear
 from fastft.ops.quantized_linear import QuantizedWeight
 from fastft.patch.swap import has_own_forward, is_hooked, original_forward
 
@@ -33,7 +33,7 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def _is_plain_base(base: nn.Module) -> bool:
-    return type(base) is nn.Linear or isinstance(base, Int8Linear) or _is_conv1d(base)
+    return type(base) is nn.Linear or isinstance(base, QuantizedLinear) or _is_conv1d(base)
 
 
 def _is_conv1d(base: nn.Module) -> bool:
@@ -76,7 +76,7 @@ def as_lora_linear(module: ForeignModule) -> LoraLinear | None:
     """A plain or LoRA linear layer as the operators take it; None if it must run by itself."""
     if type(module) is nn.Linear:
         return None if has_own_forward(module) else LoraLinear(module.weight, module.bias)
-    if isinstance(module, Int8Linear):
+    if isinstance(module, QuantizedLinear):
         return None if has_own_forward(module) else LoraLinear(module.operand, module.bias)
     if _is_conv1d(module):
         if has_own_forward(module):
@@ -87,7 +87,7 @@ def as_lora_linear(module: ForeignModule) -> LoraLinear | None:
     base = module.get_base_layer()
     if not _is_plain_base(base):
         return None
-    weight = base.operand if isinstance(base, Int8Linear) else base.weight
+    weight = base.operand if isinstance(base, QuantizedLinear) else base.weight
     return _with_adapter(module, weight, base.bias, _is_conv1d(base))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastft.ops.int8_layer import int8_layers
+from fastft.ops.fp8_linear import fits
+from fastft.ops.quantized_layer import quantized_layers
 from fastft.patch import attention, generate
 from fastft.patch import base_weights as stored_base
 from fastft.patch.report import Report
@@ -39,14 +40,17 @@ def patch(
             ("int8_weight_only" and "int4_weight_only" do not round); training does not see them.
             `verify` tells what they cost in perplexity, `unpatch` drops them.
         base_weights: "int8" makes frozen linear layers hold int8 numbers instead of their weights
-            and multiply integers, forward and backward: a quarter of the memory, for training
+            and multiply integers, forward and backward: a quarter of float32's memory, for training
             adapters. `generate` decodes from the same numbers; with decode_weights="int8" the head
             gets a copy too. The head and the embeddings stay. Merging and whatever else reads a
-            weight needs `unpatch` first. `verify` tells what it costs.
+            weight needs `unpatch` first. `verify` tells what it costs. "fp8" does the same with
+            e4m3 numbers, on CUDA devices that multiply them, where the model must lie already;
+            `generate` is transformers' own then, and decode_weights refused.
         originals: a folder for the weights that base_weights takes away: a checkpoint that has
             them, to be read again, or a place to write them. `unpatch` gives them back; without,
-            it gives back what the int8 numbers stand for, and says so.
-    Raises: TypeError or ValueError that names the argument.
+            it gives back what the numbers of eight bits stand for, and says so.
+    Raises: TypeError or ValueError that names the argument, and where the device has no fp8, what
+        it lacks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -62,9 +66,11 @@ def patch(
             replaced = []
             if base_weights is not None:
                 replaced = stored_base.store(model, base_weights, originals)
-            for layer in int8_layers(model):
-                report.add(layer, "int8_linear", "int8_product")
-            if base_weights is not None and not int8_layers(model):
+            for layer in quantized_layers(model):
+                odd = layer.kind == "fp8" and not fits(layer.in_features, layer.out_features)
+                told = "by the reference: sizes are no multiples of 16" if odd else ""
+                report.add(layer, f"{layer.kind}_linear", f"{layer.kind}_product", told)
+            if base_weights is not None and not quantized_layers(model):
                 why = stored_base.why_none(model)
                 report.leave(model, f"base_weights={base_weights!r}: {why}")
             patcher.run(model)

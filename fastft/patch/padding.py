@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastft.decode.cache_name import NAMES, cache_in, cache_name, renamed
 from fastft.foreign import ForeignModule
-from fastft.ops.int8_layer import computing
+from fastft.ops.quantized_layer import computing
 from fastft.patch.attention import NAME
 from fastft.patch.confirm import Unlike, relative, undisturbed
 from fastft.patch.packing import (

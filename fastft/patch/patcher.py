@@ -82,8 +82,8 @@ class Patcher:
             return
         from fastft.decode import weights
 
+        weights.check_kind(model, kind)
         if not served:
-            weights.check_kind(kind)
             self.report.leave(model, f"decode_weights={kind!r}: its generate is transformers' own")
             return
         for (name, stored), count in weights.store(model, kind).items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastft.decode.linears import DECODE_WEIGHT, Unfit
 from fastft.foreign import ForeignModule
-from fastft.ops.int8_layer import computing, int8_layers
+from fastft.ops.quantized_layer import computing, kind_of
 from fastft.patch.base_cost import BaseCost, base_cost
 from fastft.patch.confirm import gap, size, undisturbed
 from fastft.patch.model import patch, unpatch
@@ -73,9 +73,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
 
     Dropout is off and the random state, `.grad` and training mode are left as they were; a model
     that is not patched is patched for the duration. The batch lies on the model's device; without
-    labels, a weighted mean of the logits at real tokens stands for the loss. Over an int8 base both
-    sides multiply by the weights its numbers stand for; what the eight bits cost against the
-    original weights is told beside it, where patch was given a folder that keeps them.
+    labels, a weighted mean of the logits at real tokens stands for the loss. Over a base of eight
+    bits both sides multiply by the weights its numbers stand for; what the eight bits cost against
+    the original weights is told beside it, where patch was given a folder that keeps them.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch)}")
@@ -89,15 +89,17 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:
                 with switched_off(model):
                     wanted = _run(model, batch)
                 got = _run(model, batch)
-            cost = base_cost(model, batch, _run) if int8_layers(model) else None
+            cost = base_cost(model, batch, _run)
     finally:
         if not was_patched:
             unpatch(model)
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
     result = _compare(model, batch, wanted, got)
-    if int8_layers(model):
-        result.base = cost or "int8 base   its cost is not known: patch was given no originals"
+    kind = kind_of(model)
+    if kind is not None:
+        unknown = "its cost is not known: patch was given no originals"
+        result.base = cost or f"{f'{kind} base':<12}{unknown}"
     try:
         result.perplexity = _perplexity(model, batch)
     except Unfit as unfit:

@@ -34,9 +34,11 @@ def asked(shared):
         ("classify", {"method": "adapter"}, {"train", "predict"}),
         ("ner", {"method": "full", "work": ["train"]}, {"train"}),
         ("sft", {"precision": "bf16", "base_weights": "int8"}, {"train", "decode"}),
+        ("sft", {"base_weights": "fp8", "work": ["train"]}, {"train"}),
         ("sft", {"decode_weights": "int8", "work": ["decode"]}, {"decode"}),
     ],
 )
+@pytest.mark.usefixtures("fp8_anywhere")
 def test_both_sides_are_timed(asked, capsys, task, settings, works):
     config = asked(task, **settings)
     found = bench(config).metrics
@@ -116,3 +118,10 @@ def test_mistakes_are_one_sentence(asked, task, settings, words):
     with pytest.raises(UserError, match=words) as raised:
         bench(asked(task, **settings))
     assert "\n" not in str(raised.value)
+
+
+def test_an_fp8_base_is_refused_where_no_device_has_it(asked):
+    with pytest.raises(UserError, match="^base_weights: 'fp8' needs a CUDA device"):
+        bench(asked("sft", base_weights="fp8"))
+    with pytest.raises(UserError, match="decode_weights: fastft does not decode over an fp8 base"):
+        asked("sft", base_weights="fp8", decode_weights="int8")

@@ -97,20 +97,26 @@ def test_patched_and_not_are_the_same_run(config, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classify", "sft"])
-def test_an_int8_base_trains_an_ordinary_adapter(config, tmp_path, task):
+def test_a_base_of_eight_bits_trains_an_ordinary_adapter(config, tmp_path, task, base):
     seen = {}
-    for kind in ("none", "int8"):
+    for kind in ("none", base):
         # At a larger rate roundings that fall the other way grow from step to step.
         own = config(task, method="lora", learning_rate=3e-3, output=str(tmp_path / kind))
         result = train(replace(own, base_weights=kind))
         seen[kind] = losses(result.folder)
-    assert seen["int8"] != seen["none"]
-    assert seen["int8"] == pytest.approx(seen["none"], rel=0.03)
-    assert "int8_linear" in (result.folder / "patch.txt").read_text()
+    assert seen[base] != seen["none"]
+    assert seen[base] == pytest.approx(seen["none"], rel=0.03)
+    assert f"{base}_linear" in (result.folder / "patch.txt").read_text()
     assert all("lora_" in name or "modules_to_save" in name or "classifier" in name
                or "pooler" in name for name in weights(result.folder))  # fmt: skip
     with pytest.raises(UserError, match="base_weights"):
-        config(task, method="full", base_weights="int8")
+        config(task, method="full", base_weights=base)
+
+
+def test_an_fp8_base_is_refused_where_no_device_has_it(config):
+    asked = config("classify", method="lora", base_weights="fp8")
+    with pytest.raises(UserError, match="^base_weights: 'fp8' needs a CUDA device"):
+        train(asked)
 
 
 @pytest.mark.parametrize("task", ["classify", "ner", "lm"])

@@ -18,6 +18,8 @@ from packed import sides
 from torch.nn import functional as F
 
 from fastft.ops.cross_entropy import cross_entropy
+from fastft.ops.fp8_linear import fp8_linear as fused_fp8_linear
+from fastft.ops.fp8_linear import quantize_fp8
 from fastft.ops.gated_mlp import gated_mlp
 from fastft.ops.int8_linear import int8_linear as fused_int8_linear
 from fastft.ops.linear import linear as fused_linear
@@ -251,7 +253,21 @@ def int8_linear(draw: Draw) -> Call:
     return Call(lambda x: fused_int8_linear(x, weight), eager, [x])
 
 
+def fp8_linear(draw: Draw) -> Call:
+    """On an input that rounding does not change; gradients are rounded."""
+    dtype, (*leading, inputs), out = draw.choice(DTYPES), draw.shape(1), draw.size(90)
+    weight = quantize_fp8(torch.randn(out, inputs) * 0.05)
+
+    def eager(x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), dequantize(weight, wide)).to(x.dtype)
+
+    x = torch.randint(-16, 17, (*leading, inputs)).to(dtype)  # all of them numbers of e4m3
+    x[..., :1] = 448
+    return Call(lambda x: fused_fp8_linear(x, weight), eager, [x])
+
+
 TRAINING = (
     rms_norm, layer_norm, gated, rotary, linear, lora, shared, lora_mlp, onto, loss, head,
-    attention, int8_linear,
+    attention, int8_linear, fp8_linear,
 )  # fmt: skip

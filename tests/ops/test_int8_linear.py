@@ -12,7 +12,6 @@ from fastft.ops.int8_linear import (
     _int8_columns,
     _int8_product,
     _round_apart,
-    _round_rows,
     _scale_sums_,
     int8_linear,
     int8_product,
@@ -20,6 +19,7 @@ from fastft.ops.int8_linear import (
 from fastft.ops.lora import LoraLinear, lora, lora_shared
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.ops.quantized_linear import QuantizedWeight, dequantize, quantize
+from fastft.ops.round_rows import _round_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainers import history, sft, trained
 
-from fastft.ops.int8_layer import int8_layers
+from fastft.ops.quantized_layer import quantized_layers
 from fastft.patch import patch, unpatch
 
 
@@ -32,7 +32,7 @@ SETTINGS = {
 def test_trainer(tmp_path, settings):
     wanted = trained(tmp_path / "plain", plain, "never", **settings)
     got = trained(tmp_path / "int8", over_int8, "never", **settings)
-    assert int8_layers(got.model)
+    assert quantized_layers(got.model)
     assert history(got, "loss") == pytest.approx(history(wanted, "loss"), rel=0.01)
     assert history(got, "grad_norm") == pytest.approx(history(wanted, "grad_norm"), rel=0.05)
 
@@ -55,6 +55,6 @@ def test_checkpoints_are_adapters_of_the_full_base(tmp_path):
 def test_sft_trainer(tmp_path, settings):
     wanted, *_ = sft(tmp_path / "plain", plain, "never", **settings)
     got, _, shapes = sft(tmp_path / "int8", over_int8, "never", **settings)
-    assert int8_layers(got.model)
+    assert quantized_layers(got.model)
     assert all(shape[0] == 1 for shape in shapes), "rows are laid end to end"
     assert history(got, "loss") == pytest.approx(history(wanted, "loss"), rel=0.01)

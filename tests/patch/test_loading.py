@@ -1,4 +1,4 @@
-"""load: int8 numbers as patch makes them, the checkpoint for the originals, and what it refuses."""
+"""load: eight bits as patch makes them, the checkpoint for the originals, what it refuses."""
 
 import json
 
@@ -10,7 +10,7 @@ from test_base_weights import batch, gradients, llama
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import fastft
-from fastft.ops.int8_layer import int8_layers
+from fastft.ops.quantized_layer import quantized_layers
 
 
 def with_lora(model):
@@ -26,12 +26,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_is_what_patch_makes_of_the_loaded_model(folder):
-    loaded, given = with_lora(fastft.load(folder)), with_lora(llama())
+def test_is_what_patch_makes_of_the_loaded_model(base, folder):
+    loaded, given = with_lora(fastft.load(folder, base_weights=base)), with_lora(llama())
     for model in (loaded, given):
-        report = fastft.patch(model, base_weights="int8")
-        assert report.count("int8_linear") == 14 and report.count("lora") == 14
-    layers = zip(int8_layers(loaded), int8_layers(given), strict=True)
+        report = fastft.patch(model, base_weights=base)
+        assert report.count(f"{base}_linear") == 14 and report.count("lora") == 14
+    layers = zip(quantized_layers(loaded), quantized_layers(given), strict=True)
     assert all(torch.equal(a.values, b.values) and torch.equal(a.scale, b.scale) for a, b in layers)
     inputs = batch()
     (loss, grads), (wanted, truth) = gradients(loaded, inputs), gradients(given, inputs)
@@ -42,8 +42,8 @@ def test_is_what_patch_makes_of_the_loaded_model(folder):
     assert not any(b.is_meta for b in loaded.buffers())
 
 
-def test_the_checkpoint_keeps_the_originals(folder):
-    model = with_lora(fastft.load(folder))
+def test_the_checkpoint_keeps_the_originals(base, folder):
+    model = with_lora(fastft.load(folder, base_weights=base))
     fastft.patch(model)
     found = fastft.verify(model, batch())
     assert found.ok and found.base.perplexity[0] != found.base.perplexity[1]
@@ -52,7 +52,7 @@ def test_the_checkpoint_keeps_the_originals(folder):
     for name, parameter in model.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, weights[name.replace(".base_layer", "")]), name
-    assert not int8_layers(model.merge_and_unload())
+    assert not quantized_layers(model.merge_and_unload())
 
 
 @pytest.mark.parametrize("model_type", ["evil", "llama"])
@@ -70,7 +70,7 @@ def test_code_of_the_folder_is_not_run(folder, tmp_path, monkeypatch, model_type
         with pytest.raises(ValueError, match="trust_remote_code"):
             fastft.load(folder)
     else:
-        assert int8_layers(fastft.load(folder))  # the class that transformers has
+        assert quantized_layers(fastft.load(folder))  # the class that transformers has
     assert not ran.exists()
 
 
@@ -78,7 +78,7 @@ def test_tied_embeddings_biases_and_types(tmp_path):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")  # Conv1D layers stay
     model = fastft.load(tmp_path / "gpt2", dtype=torch.bfloat16)
-    assert model.lm_head.weight is model.transformer.wte.weight and not int8_layers(model)
+    assert model.lm_head.weight is model.transformer.wte.weight and not quantized_layers(model)
     assert model.dtype is torch.bfloat16
     config = BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
