@@ -93,7 +93,7 @@ void set_linears(DecoderLayer& a, const OptionalTensors& linears, bool round_inp
     QuantizedLinear& linear = a.linear[i];
     STD_TORCH_CHECK(linears[3 * i], "linears: expected a weight in each");
     set_weight(linear, *linears[3 * i], linears[3 * i + 1]);
-    linear.round_inputs = round_inputs;
+    linear.round_inputs = round_inputs && linears[3 * i + 1].has_value();
     const OptionalTensor& bias = linears[3 * i + 2];
     if (bias) {
       check_vector(*bias, "bias", linear.out);

@@ -63,7 +63,7 @@ inline QuantizedLinear quantized_linear_argument(
     a.b = float_rows(*high, "b", a.out, a.rank);
   }
   a.lora_scale = float(lora_scale);
-  a.round_inputs = round_inputs;
+  a.round_inputs = round_inputs && scale.has_value();
   return a;
 }
 

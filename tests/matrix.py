@@ -94,7 +94,8 @@ def wheel_for(version: str, folder: Path) -> Path:
     found = sorted(folder.glob(f"fastft-*-{tag}-{tag}-*.whl"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise Skip(
-            f"no wheel for Python {version} in {folder.name}/: make wheel PYTHON=python{version}"
+            f"no wheel for Python {version} in {folder.name}/: "
+            f"make wheel PYTHON=python{version} VENV=.venv-{version}"
         )
     return found[-1]
 

@@ -277,6 +277,8 @@ inline void round_row(const float* x, int64_t in, int8_t* bytes, float* scales, 
     const float peak = max(most), nan = sum(zero);
     const bool any = peak > 127.f * 1.17549435e-38f;
     std::fill_n(scales + i * kScales, kScales, (any ? peak / 127.f : 0.f) + nan);
+    // No integer stands for NaN.
+    if (nan != 0.f) std::fill_n(run, kRun, 0.f);
     const Vec inverse = broadcast(any && nan == 0.f ? 127.f / peak : 0.f);
     int32_t numbers[kRun];
     for (int v = 0; v < kRun; v += kWidth) {

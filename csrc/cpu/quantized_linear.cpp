@@ -257,7 +257,7 @@ Layers::Layers(const QuantizedLinear* parts, int count, const RowSource* source)
     ranks[p + 1] = ranks[p] + round_up(a.rank, kWidth);
     work += a.rows * a.in * a.out;
     room = std::max(room, Room::floats(a));
-    const bool rounds = a.round_inputs && a.scale && !a.onto;
+    const bool rounds = a.round_inputs && !a.onto;
     forms.rounded = forms.rounded || rounds;
     forms.shifted = forms.shifted || (!rounds && a.layout == WeightLayout::int4);
   }

@@ -15,7 +15,7 @@ over an int8 weight to the integer products of fastft.ops.int8_linear.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -303,6 +303,8 @@ def _check(x: Tensor, linears: Sequence[LoraLinear]) -> None:
             raise ValueError(
                 f"linears[{i}].bias: expected shape ({rows},), got {tuple(each.bias.shape)}"
             )
+        if each.bias is not None and not each.bias.is_floating_point():
+            raise TypeError(f"linears[{i}].bias: expected floating point, got {each.bias.dtype}")
         if (each.a is None) != (each.b is None):
             raise ValueError(f"linears[{i}]: expected both a and b, or neither")
         if each.a is not None:
@@ -317,10 +319,9 @@ def prepare(x: Tensor, linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tens
     weights = [each.weight for each in linears]
     if dtype is not None:
         weights = [w.to(x.dtype) if isinstance(w, Tensor) else w for w in weights]
-    biases = [None if each.bias is None else each.bias.to(x.dtype) for each in linears]
-    linears = [LoraLinear(w, bi, e.a, e.b, e.scale, e.dropout, e.transposed)
-               for w, bi, e in zip(weights, biases, linears, strict=True)]  # fmt: skip
+    linears = [replace(each, weight=w) for w, each in zip(weights, linears, strict=True)]
     _check(x, linears)
+    biases = [None if each.bias is None else each.bias.to(x.dtype) for each in linears]
     rows = rows_of(x)
     a, b = [], []
     for each in linears:

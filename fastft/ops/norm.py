@@ -213,8 +213,12 @@ def _check(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None
             f"got {tuple(residual.shape)} and {residual.dtype}"
         )
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != x.shape[-1:]:
+        if vector is None:
+            continue
+        if vector.shape != x.shape[-1:]:
             raise ValueError(f"{name}: expected shape ({x.shape[-1]},), got {tuple(vector.shape)}")
+        if not vector.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {vector.dtype}")
 
 
 def _norm(

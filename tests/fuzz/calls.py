@@ -1,18 +1,13 @@
-"""Random calls of every operator: what it computes, what eager PyTorch does, and arguments.
-
-Sizes from nothing up, any strides, every dtype and option. One function per operator, named alike.
+"""Random calls of the operators of training: what each computes, what eager PyTorch does, and
+arguments. One function per operator, named alike.
 """
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from fuzz.draw import DTYPES, Call, Draw
 from heads import eager as eager_head
 from heads import fused as fused_head
-from ops.test_decode_attention import eager as eager_decode
-from ops.test_decode_attention import inputs as decode_inputs
-from ops.test_decode_attention import ours as our_decode
 from ops.test_lora import eager as eager_lora
 from ops.test_lora import fused as fused_lora
 from ops.test_norm import eager_layer_norm, eager_rms_norm, fused_layer_norm, fused_rms_norm
@@ -29,62 +24,13 @@ from fastft.ops.linear import linear as fused_linear
 from fastft.ops.lora import LoraLinear, lora_shared
 from fastft.ops.lora_mlp import lora_mlp as fused_lora_mlp
 from fastft.ops.lora_onto import lora_onto as fused_lora_onto
-from fastft.ops.quantized_linear import Adapter, dequantize, quantize
-from fastft.ops.quantized_linear import quantized_linear as fused_quantized_linear
+from fastft.ops.quantized_linear import dequantize, quantize
 
-DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-@dataclass
-class Call:
-    """ours and eager compute the same of args."""
-
-    ours: Callable
-    eager: Callable
-    args: list
-
-
-class Draw(random.Random):
-    """Random sizes, dtypes and tensors; torch's own generator fills them."""
-
-    def size(self, most: int = 70, least: int = 0) -> int:
-        """Often at the ends, and beside what vectors and blocks are long."""
-        if self.random() < 0.3:
-            return min(most, max(least, self.choice([0, 1, 2])))
-        if self.random() < 0.4:
-            return min(most, max(least, self.choice([8, 16, 32, 64]) + self.choice([-1, 0, 1])))
-        return self.randint(least, most)
-
-    def shape(self, least: int = 0) -> tuple[int, ...]:
-        """Leading dimensions of rows of at least so many numbers."""
-        leading = self.choice([(self.size(),), (), (self.size(9), self.size(9)), (2, 1, 3)])
-        return (*leading, self.size(130, least))
-
-    def tensor(self, *shape, dtype=torch.float32, std=1.0, grad=True):
-        """Contiguous, or with its dimensions in another order, or a part of a larger one."""
-        if shape and self.random() < 0.3:
-            step = self.choice([1, 2, 3])
-            wide = torch.randn(*shape[:-1], shape[-1] * step + self.choice([0, 1, 5])) * std
-            held = wide.to(dtype)[..., : shape[-1] * step : step]
-        elif len(shape) > 1 and self.random() < 0.3:
-            order = self.sample(range(len(shape)), len(shape))
-            held = (torch.randn([shape[i] for i in order]) * std).to(dtype)
-            held = held.permute([order.index(i) for i in range(len(shape))])
-        else:
-            held = (torch.randn(shape) * std).to(dtype)
-        return held.detach().requires_grad_(grad and self.random() < 0.8)
-
-    def maybe(self, *shape, **more):
-        return self.tensor(*shape, **more) if self.random() < 0.6 else None
-
-    def options(self, **choices) -> dict:
-        """Some of the options, each with one of its values."""
-        return {n: self.choice(held) for n, held in choices.items() if self.random() < 0.4}
 
 
 def rms_norm(draw: Draw) -> Call:
@@ -289,44 +235,6 @@ def attention(draw: Draw) -> Call:
     return Call(ours, eager, [draw.tensor(*shape, dtype=dtype, grad=grad) for shape in shapes])
 
 
-def decode(draw: Draw) -> Call:
-    dtype, kv_heads, queries = draw.choice(DTYPES), draw.randint(1, 3), draw.size(16)
-    lengths = [draw.size(300) for _ in range(draw.randint(0, 3))]
-    options = draw.options(window=[1, 5, 70], softcap=[0.7, 3.0], scale=[0.3, -0.2])
-    dim, heads = draw.size(130, 1), kv_heads * draw.randint(1, 3)
-    args = decode_inputs(dtype, lengths, queries, heads, kv_heads, dim)
-    return Call(our_decode(lengths, **options), eager_decode(lengths, **options), list(args))
-
-
-def _stored(draw: Draw, out: int, inputs: int):
-    weight = torch.randn(out, inputs) * 0.05
-    bits, group = draw.choice([(8, None), (8, 32), (8, 64), (4, 32), (4, 64)])
-    if inputs % (group or 1) or draw.random() < 0.2:
-        bits, group = 8, None
-    return quantize(weight, bits, group)
-
-
-def quantized_linear(draw: Draw) -> Call:
-    dtype, (*leading, _) = draw.choice(DTYPES), draw.shape()
-    out, inputs = draw.size(90), draw.choice([draw.size(130), 32, 64, 128, 192])
-    weight = _stored(draw, out, inputs)
-    bias = None if draw.random() < 0.5 else draw.tensor(out, dtype=dtype, grad=False)
-    lora, rank = None, draw.size(20, 1)
-    if draw.random() < 0.5:
-        lora = Adapter(torch.randn(rank, inputs) * 0.1, torch.randn(out, rank), 0.7)
-
-    def eager(x, bias):
-        # What the kernel promises: sums of float32, whatever x is.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.linear(x.to(wide), dequantize(weight, wide), None if bias is None else bias.to(wide))
-        if lora is not None:
-            y = y + F.linear(F.linear(x.to(wide), lora.a.to(wide)), lora.b.to(wide)) * lora.scale
-        return y.to(x.dtype)
-
-    x = draw.tensor(*leading, inputs, dtype=dtype, grad=False)
-    return Call(lambda x, bias: fused_quantized_linear(x, weight, bias, lora), eager, [x, bias])
-
-
 def int8_linear(draw: Draw) -> Call:
     """On an input that rounding does not change; gradients are rounded."""
     dtype, (*leading, inputs), out = draw.choice(DTYPES), draw.shape(1), draw.size(90)
@@ -343,10 +251,7 @@ def int8_linear(draw: Draw) -> Call:
     return Call(lambda x: fused_int8_linear(x, weight), eager, [x])
 
 
-OPERATORS = {
-    f.__name__: f
-    for f in (
-        rms_norm, layer_norm, gated, rotary, linear, lora, shared, lora_mlp, onto, loss, head,
-        attention, decode, quantized_linear, int8_linear,
-    )
-}  # fmt: skip
+TRAINING = (
+    rms_norm, layer_norm, gated, rotary, linear, lora, shared, lora_mlp, onto, loss, head,
+    attention, int8_linear,
+)  # fmt: skip

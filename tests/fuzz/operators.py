@@ -22,18 +22,18 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.calls import OPERATORS, Call, Draw
+from fuzz.calls import TRAINING
+from fuzz.decoding_calls import DECODING
+from fuzz.draw import Call, Draw
 from truth import assert_as_exact
 
 from fastft.library import extension
 
-# One call has few numbers, and luck a share in which of two roundings was the better; what is
-# wrong is wrong by more.
-FACTOR, ULPS = 4.0, 16.0
+OPERATORS = {f.__name__: f for f in (*TRAINING, *DECODING)}
 ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
 REFUSALS = (ValueError, TypeError)
-# PyTorch's own function, with its errors.
-PLAIN = {"linear": (RuntimeError,)}
+# PyTorch's own function with its errors, and one that lies behind what checks.
+PLAIN = {"linear": (RuntimeError,), "decoder_layer": (RuntimeError,)}
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def one(name: str, number: int, seed: int, again: int = 0) -> str:
         return _special(name, call, draw)
     if kind < 0.45:
         call = _aliased(name, call, draw)
-    assert_as_exact(call.ours, call.eager, call.args, FACTOR, ULPS)
+    assert_as_exact(call.ours, call.eager, call.args)
     return "exact"
 
 
@@ -84,11 +84,12 @@ def _tensors(call: Call) -> list[int]:
 
 def _aliased(name: str, call: Call, draw: Draw) -> Call:
     """Two arguments in one memory, or one whose places lie on each other."""
-    # Of a head whose rows are one, the exact gradient is 0.
-    place = 0 if name == "head" else draw.choice(_tensors(call))
+    # Of a head whose rows are one, and of queries whose keys or values are, the exact gradient is
+    # 0; of queries that are their own keys, nearly.
+    place = {"head": 0, "attention": 2}.get(name, draw.choice(_tensors(call)))
     held = call.args[place]
     twins = [i for i in _tensors(call) if i != place and call.args[i].shape == held.shape
-             and call.args[i].dtype == held.dtype]  # fmt: skip
+             and call.args[i].dtype == held.dtype and (name, i) != ("attention", 0)]  # fmt: skip
     # Not the last one: of a row of equal numbers layer_norm's exact result is 0.
     wide = [d for d in range(held.dim() - 1) if held.shape[d] > 1]
     args = list(call.args)
@@ -100,7 +101,7 @@ def _aliased(name: str, call: Call, draw: Draw) -> Call:
             return lambda *args: function(*[args[place] if i == twin else a
                                             for i, a in enumerate(args)])  # fmt: skip
 
-    elif wide:
+    elif wide and name != "attention":
         dim, shape = draw.choice(wide), held.shape
         args[place] = held.detach().narrow(dim, 0, 1).clone().requires_grad_(held.requires_grad)
 
@@ -131,11 +132,20 @@ def _special(name: str, call: Call, draw: Draw) -> str:
         flat[draw.randrange(flat.numel())] = value
     for i in floats:
         args[i].requires_grad_(call.args[i].requires_grad)
-    got, wanted = (_first(f(*args)) for f in (call.ours, call.eager))
+    try:
+        got, wanted = (_first(f(*args)) for f in (call.ours, call.eager))
+    except ValueError:
+        if name != "quantize":
+            raise
+        return "refused"
     assert got.shape == wanted.shape
     if value != value:  # a NaN is not lost, and touches nothing else
         # But which of the values that a mask multiplies by 0 are read is left open.
-        same = torch.equal(got.isnan(), wanted.isnan()) or name in ("attention", "decode")
+        same = torch.equal(got.isnan(), wanted.isnan()) or name in (
+            "attention",
+            "decode",
+            "decoder_layer",
+        )
         assert same, f"NaN in {int(got.isnan().sum())} places"
     if got.requires_grad:
         got.float().sum().backward()
@@ -175,7 +185,7 @@ def _spoiled(name: str, call: Call, draw: Draw) -> str:
 
 
 def _repeated(name: str, number: int, seed: int) -> str:
-    """What is wrong is wrong again; a sum that happens to be nearly 0 is not."""
+    """What is wrong is wrong again. Luck is not: a call has few numbers, a sum may be nearly 0."""
     for again in range(3):
         try:
             return one(name, number, seed, again)
@@ -194,6 +204,7 @@ def run(calls: int, seed: int, only: list[str], first: int = 0, stop: int = 20) 
                 kinds[name, _repeated(name, number, seed)] += 1
             except Exception:
                 failures[f"{name} {number}"] = traceback.format_exc()
+                print(f"{name} {number} failed", flush=True)
                 if len(failures) == stop:
                     break
             if time.monotonic() - last > 30:

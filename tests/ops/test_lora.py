@@ -247,6 +247,8 @@ def test_errors_name_the_argument():
         lora(x, LoraLinear(weight[:, :7]))
     with pytest.raises(TypeError, match=r"linears\[0\].weight: expected torch.float32"):
         lora(x, LoraLinear(weight.bfloat16()))
+    with pytest.raises(TypeError, match=r"linears\[0\].bias: expected floating point"):
+        lora(x, LoraLinear(weight, bias.to(torch.complex64)))
     with pytest.raises(ValueError, match="expected both a and b"):
         lora(x, LoraLinear(weight, None, a))
     with pytest.raises(ValueError, match=r"expected a \(rank, 8\) and b \(5, rank\)"):

@@ -180,5 +180,7 @@ def test_errors_name_the_argument():
         layer_norm(x, residual=torch.randn(2, 7))
     with pytest.raises(TypeError, match="x: expected a floating-point"):
         rms_norm(torch.ones(2, 8, dtype=torch.long))
+    with pytest.raises(TypeError, match="bias: expected a floating-point"):
+        layer_norm(x, torch.randn(8), torch.ones(8, dtype=torch.complex64))
     with pytest.raises(ValueError, match="x: expected at least one dimension"):
         rms_norm(torch.tensor(1.0))

@@ -239,6 +239,13 @@ def test_rounded_inputs(isa, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS[:5])
+def test_rounded_inputs_of_no_input(isa, kind):
+    """An empty sum is 0, and not what the memory held."""
+    weight = replace(quantize(torch.randn(9, 0), *kind), round_inputs=True)
+    assert torch.equal(quantized_linear(torch.randn(12, 0), weight), torch.zeros(12, 9))
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
 def test_rounded_inputs_that_are_not_finite_or_vanish(isa, kind):
     weight = make_weight(kind, 9, 128)
     x = torch.randn(5, 128)
