@@ -5,7 +5,7 @@ default cache copies all it holds for each token. It is a transformers `Cache`, 
 takes it as its `cache`; there all rows are as long as each other, and padding lies in slots.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,25 +87,9 @@ class KVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def reset(self) -> None:
-        self.used = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drops the last -tokens_to_remove slots, as transformers' layers count."""
-        self.used = max(self.used + min(tokens_to_remove, 0), 0)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, 0))
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx.to(self.keys.device))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
+            self.keys, self.values = self.keys[indices], self.values[indices]
 
 
 class KVCache(Cache):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.linears import Reading, Unfit, check_plain, plain_weight, read_linear
-from fastft.foreign import ForeignModule
+from fastft.foreign import ForeignModule, eps_of
 from fastft.ops.decoder_layer import DecoderLayer, Linear, NormWeight
 from fastft.ops.quantized_layer import QuantizedLinear, computing
 
@@ -68,8 +68,7 @@ class Kind:
 
 def _norm(module: nn.Module) -> tuple[Kind, NormWeight]:
     check_plain(module, "a norm")
-    names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-    eps = next((v for n in names if isinstance(v := getattr(module, n, None), float)), None)
+    eps = eps_of(module)
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     if eps is None or weight is None or weight.dim() != 1 or module._modules:
         raise Unfit(f"{type(module).__name__} is no norm that is known")

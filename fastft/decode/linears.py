@@ -4,12 +4,11 @@ Plain layers, GPT-2's Conv1D, layers of an int8 base, and PEFT's LoRA layers ove
 computes more than its class does is refused, for its weights do not tell.
 """
 
-import sys
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from fastft.foreign import ForeignModule
+from fastft.foreign import ForeignModule, is_conv1d, is_lora
 from fastft.ops.decoder_layer import Linear
 from fastft.ops.quantized_layer import QuantizedLinear
 from fastft.ops.quantized_linear import FLOATS, MAX_RANK, Adapter, QuantizedWeight
@@ -53,8 +52,7 @@ def _stored(
     module: ForeignModule, what: str, stored: bool
 ) -> tuple[QuantizedWeight, Tensor | None]:
     """Weight (out, in) and bias of a plain linear layer or of GPT-2's Conv1D."""
-    utils = sys.modules.get("transformers.pytorch_utils")
-    transposed = utils is not None and type(module) is utils.Conv1D
+    transposed = is_conv1d(module)
     held = vars(module).get(DECODE_WEIGHT) if stored else None
     if isinstance(module, QuantizedLinear):
         if module.kind != "int8":
@@ -90,8 +88,7 @@ def read_linear(module: nn.Module, what: str, how: Reading) -> Linear:
     """A linear layer with the adapters that are asked for."""
     names = how.names
     check_plain(module, what)
-    peft_lora = sys.modules.get("peft.tuners.lora.layer")
-    if peft_lora is None or not isinstance(module, peft_lora.LoraLayer):
+    if not is_lora(module):
         held, bias = _stored(module, what, how.stored)
         return Linear(held, bias, (None,) * (1 if names is None else len(names)))
     base = module.get_base_layer()

@@ -12,7 +12,6 @@ roundings are those that drafts will meet.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fastft.decode.evaluating import evaluating
 from fastft.decode.exit_head import ExitHead, check_fits
 from fastft.decode.linears import Unfit
 from fastft.decode.prepare import HandOver, inner_model
@@ -166,21 +166,10 @@ def decoding_step(model: nn.Module) -> FusedStep:
     """
     try:
         inner = inner_model(model)
-        with torch.no_grad(), _evaluating(inner):
+        with torch.no_grad(), evaluating(inner):
             return FusedStep(inner)
     except (Unfit, HandOver) as unfit:
         raise ValueError(f"model: an ExitHead cannot draft for it: {unfit}") from unfit
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _read(data: Iterable[Any], longest: int, tokens: int) -> Iterator[Row]:

@@ -197,7 +197,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "tokens": [int(batch["attention_mask"].sum()) for batch in task.batches],
-        "slots": [batch["attention_mask"].numel() for batch in task.batches],
+        "places": [batch["attention_mask"].numel() for batch in task.batches],
         "labelled": [int((batch["labels"] != data.IGNORED).sum()) for batch in task.batches],
         "curves": {side: asdict(curve) for side, curve in curves.items()},
         "rates": asdict(rates),

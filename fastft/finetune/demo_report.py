@@ -44,11 +44,11 @@ def _memory(name: str, memory: dict[str, Any], of: Any) -> tuple[Any, ...]:
 
 
 def _conditions(metrics: dict[str, Any]) -> str:
-    tokens, slots, labelled = (sum(metrics[key]) for key in ("tokens", "slots", "labelled"))
+    tokens, places, labelled = (sum(metrics[key]) for key in ("tokens", "places", "labelled"))
     rates = metrics["rates"]
     return (
         f"{len(metrics['tokens'])} steps, {tokens} tokens, {labelled} of them labelled, padded to "
-        f"{slots}; torch {metrics['torch']}, {metrics['machine']}.\n"
+        f"{places}; torch {metrics['torch']}, {metrics['machine']}.\n"
         f"The floor counts the matrix products of real tokens at this machine's "
         f"{rates['operations'] / 1e9:.0f} GFLOP/s in float32, and its weights at "
         f"{rates['bytes'] / 1e9:.0f} GB/s."

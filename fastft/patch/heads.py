@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.decode.evaluating import evaluating
 from fastft.foreign import ForeignModule
 from fastft.ops.cross_entropy import cross_entropy
 from fastft.patch import padding
@@ -196,9 +197,9 @@ def recognise(module: ForeignModule) -> Loss:
     try:
         if before["pad_token_id"] is None:
             config.pad_token_id = 0
-        with undisturbed(), torch.no_grad(), padding.evaluating(module), switched_off(module):
+        with undisturbed(), torch.no_grad(), evaluating(module), switched_off(module):
             found = replace(_recognise(module), takes_cache="use_cache" in parameters)
-        with undisturbed(), torch.no_grad(), padding.evaluating(module):
+        with undisturbed(), torch.no_grad(), evaluating(module):
             if swap_of(base_of(module)) is None or not reads_padding(module):
                 return found
         told = f"{found.remark}; padding kept: it reads padded places"

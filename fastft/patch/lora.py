@@ -9,13 +9,12 @@ input, and hold results that an error, checkpointing or another gradient mode ma
 On GPUs this has not been measured.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastft.foreign import ForeignModule
+from fastft.foreign import ForeignModule, is_conv1d, is_lora
 from fastft.ops.lora import LoraLinear, lora
 from fastft.ops.lora_onto import lora_onto
 from fastft.ops.quantized_layer import QuantizedLinear
@@ -25,20 +24,14 @@ from fastft.patch.swap import has_own_forward, is_hooked, original_forward
 
 def is_candidate(module: nn.Module) -> bool:
     """A LoRA layer of PEFT's over some linear base."""
-    peft_lora = sys.modules.get("peft.tuners.lora.layer")
-    if peft_lora is None or not isinstance(module, peft_lora.LoraLayer):
+    if not is_lora(module):
         return False
     base = module.get_base_layer()
     return _is_plain_base(base) or _is_quantised(base)
 
 
 def _is_plain_base(base: nn.Module) -> bool:
-    return type(base) is nn.Linear or isinstance(base, QuantizedLinear) or _is_conv1d(base)
-
-
-def _is_conv1d(base: nn.Module) -> bool:
-    utils = sys.modules.get("transformers.pytorch_utils")
-    return utils is not None and type(base) is utils.Conv1D
+    return type(base) is nn.Linear or isinstance(base, QuantizedLinear) or is_conv1d(base)
 
 
 def _is_quantised(base: nn.Module) -> bool:
@@ -78,7 +71,7 @@ def as_lora_linear(module: ForeignModule) -> LoraLinear | None:
         return None if has_own_forward(module) else LoraLinear(module.weight, module.bias)
     if isinstance(module, QuantizedLinear):
         return None if has_own_forward(module) else LoraLinear(module.operand, module.bias)
-    if _is_conv1d(module):
+    if is_conv1d(module):
         if has_own_forward(module):
             return None
         return LoraLinear(module.weight, module.bias, transposed=True)
@@ -88,7 +81,7 @@ def as_lora_linear(module: ForeignModule) -> LoraLinear | None:
     if not _is_plain_base(base):
         return None
     weight = base.operand if isinstance(base, QuantizedLinear) else base.weight
-    return _with_adapter(module, weight, base.bias, _is_conv1d(base))
+    return _with_adapter(module, weight, base.bias, is_conv1d(base))
 
 
 def _with_adapter(

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.foreign import ForeignModule
+from fastft.foreign import ForeignModule, eps_of
 from fastft.ops.norm import layer_norm, rms_norm
 from fastft.patch.confirm import Unlike, confirm, stand_in
 from fastft.patch.swap import original_forward
-
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -56,14 +54,16 @@ def is_candidate(module: nn.Module) -> bool:
         and weight.dim() == 1
         and set(module._parameters) <= {"weight", "bias"}
         and not module._modules
-        and any(isinstance(getattr(module, name, None), float) for name in _EPS_NAMES)
+        and eps_of(module) is not None
         and not isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
     )
 
 
 def recognise(module: ForeignModule) -> Norm:
     """Which norm this is; Unlike if none."""
-    eps = next(v for n in _EPS_NAMES if isinstance(v := getattr(module, n, None), float))
+    eps = eps_of(module)
+    if eps is None:
+        raise Unlike("it has no epsilon")
     # LayerNorm fixes its size in an attribute, so the stand-in keeps the module's.
     size = module.weight.shape[0]
     has_bias = module._parameters.get("bias") is not None

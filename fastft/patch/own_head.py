@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastft.decode.evaluating import evaluating
 from fastft.foreign import ForeignModule
 from fastft.patch import causal_lm, heads, padding
 from fastft.patch.confirm import undisturbed
@@ -41,7 +42,7 @@ def _works_by_place(module: nn.Module) -> bool:
     if not type(module).forward.__module__.startswith("transformers."):
         return True  # a head of the user's own, which is told to weigh by the mask
     try:
-        with undisturbed(), torch.no_grad(), padding.evaluating(module):
+        with undisturbed(), torch.no_grad(), evaluating(module):
             return not heads.reads_padding(module)
     except Exception:  # it asks for arguments we do not know
         return False

@@ -8,8 +8,7 @@ place, whatever stands there.
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.decode.cache_name import NAMES, cache_in, cache_name, renamed
+from fastft.decode.evaluating import evaluating
 from fastft.foreign import ForeignModule
 from fastft.ops.quantized_layer import computing
 from fastft.patch.attention import NAME
@@ -201,18 +201,6 @@ def _encoder_of(module: nn.Module) -> str | None:
         if parameters[1:2] == ["hidden_states"] and attending & set(child.modules()):
             return name
     return None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class OtherAttention(Unlike):

@@ -1,13 +1,12 @@
 """One walk over a model: what is recognised and confirmed is swapped, and all of it reported."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from fastft.foreign import ForeignModule
+from fastft.foreign import ForeignModule, is_lora
 from fastft.patch import (
     attention,
     causal_lm,
@@ -39,7 +38,7 @@ class Patcher:
         modules = list(model.modules())
         self.sharing.update(id(m.config) for m in modules if _attends(m))
         # The linears of a LoRA layer are its own to call.
-        parts = {part for m in modules if _is_lora(m) for part in m.modules()}
+        parts = {part for m in modules if is_lora(m) for part in m.modules()}
         for module in modules:
             if norm.is_candidate(module):
                 self.try_swap(module, "norm", norm, lambda options: options.raw)
@@ -49,7 +48,7 @@ class Patcher:
                 self.try_swap(module, "linear", linear, lambda _: "linear")
             elif lora.is_candidate(module):
                 self.swap_lora(module)
-            elif _is_lora(module):
+            elif is_lora(module):
                 self.report.leave(module, "a LoRA layer over no linear base: PEFT's own path")
         for module in modules:
             if is_pretrained(module) and not heads.is_candidate(module):
@@ -218,11 +217,6 @@ def _remark(options: Any) -> str:
 
 def _sizes(module: nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(p.shape)) for name, p in module._parameters.items() if p is not None)
-
-
-def _is_lora(module: nn.Module) -> bool:
-    layers = sys.modules.get("peft.tuners.lora.layer")
-    return layers is not None and isinstance(module, layers.LoraLayer)
 
 
 def _untouchable(module: nn.Module) -> str | None:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.decode.evaluating import evaluating
 from fastft.decode.linears import DECODE_WEIGHT, Unfit
 from fastft.foreign import ForeignModule
 from fastft.ops.quantized_layer import computing, kind_of
 from fastft.patch.base_cost import BaseCost, base_cost
 from fastft.patch.confirm import gap, size, undisturbed
 from fastft.patch.model import patch, unpatch
-from fastft.patch.padding import evaluating
 from fastft.patch.swap import swap_of, switched_off
 
 # Two orders of summation may differ by this much through a deep model, relative to the tensor.

@@ -118,7 +118,7 @@ def test_the_table_says_what_the_metrics_hold(tmp_path):
     answer = {"loss": 1.0, "text": "yes"}
     metrics = {
         "tokens": [10, 100],
-        "slots": [20, 200],
+        "places": [20, 200],
         "labelled": [5, 50],
         "curves": {"eager": side, "patched": quick},
         "floor_seconds": [1.0, 0.5],

@@ -10,7 +10,7 @@ from fastft.decode.cache_name import cache_name
 from fastft.finetune import UserError, need
 from fastft.finetune.methods import layers
 from fastft.finetune.methods.cache_for_peft import name_cache
-from fastft.foreign import ForeignModule
+from fastft.foreign import ForeignModule, is_conv1d
 
 TASK_TYPES = {"classify": "SEQ_CLS", "ner": "TOKEN_CLS", "lm": "CAUSAL_LM", "sft": "CAUSAL_LM"}
 # Queries, keys and values in one: PEFT scales all three.
@@ -43,7 +43,7 @@ def wrap(model: nn.Module, config: Any, task: str) -> ForeignModule:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         use_dora=config.method == "dora",
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+        fan_in_fan_out=any(map(is_conv1d, model.modules())),
         **common,
     )
     return peft.get_peft_model(model, lora)
@@ -60,7 +60,7 @@ def _ia3(peft: Any, model: nn.Module, config: Any, common: dict[str, Any]) -> An
         target_modules=targets,
         # These are scaled at their input, the others at their output.
         feedforward_modules=[name for name in targets if name in ends],
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
+        fan_in_fan_out=any(map(is_conv1d, model.modules())),
         **common,
     )
 
