@@ -83,7 +83,9 @@ def read(kind: type[Kind], command: str, arguments: list[str]) -> Kind:
     if len(files) > 1:
         raise UserError(f"one settings file at a time, got {' and '.join(files)}")
     known = {item.name for item in fields(kind)}
-    flags = []
+    hints = get_type_hints(kind)
+    lists = {n for n in known if any(get_origin(h) is list for h in alternatives(hints[n]))}
+    flags, given_lists = [], set[str]()
     for argument in arguments:
         if not argument.startswith("--"):
             flags.append(argument if argument == "-h" else _value(argument))
@@ -93,6 +95,10 @@ def read(kind: type[Kind], command: str, arguments: list[str]) -> Kind:
         name = flag.removeprefix("--").replace("-", "_")
         if not {name, name.removeprefix("no_")} & {*known, "help"}:
             raise _unknown(flag, name, known, flag=True)
+        # argparse would keep the last one alone.
+        if name in given_lists:
+            raise UserError(f"{flag}: given twice; its values go behind one {flag}")
+        given_lists |= {name} & lists
         flags.append(flag + joined + value)
     given = [*(_flags_of(files[0], kind) if files else []), *flags]
     values, rest = _parser(kind, command).parse_known_args(given)

@@ -231,7 +231,8 @@ def as_user_error(source: str | Path) -> Iterator[None]:
     ) as error:  # fmt: skip
         # The libraries' first sentence says what it was: no such name, no network, no such file.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load {str(source)!r}: {reason}") from None
+        here = "" if Path(source).exists() else "; nor is there a folder of this name here"
+        raise UserError(f"cannot load {str(source)!r}: {reason}{here}") from None
 
 
 def _check_folder(folder: Path) -> None:

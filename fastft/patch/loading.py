@@ -38,13 +38,15 @@ def load(
         config: the model's configuration; default: the folder's.
     No code of the folder runs. Raises: ValueError for another base_weights, or where this machine
         has no device for it, for a model that needs code of its own, or weights that are missing or
-        of other shapes; FileNotFoundError for a folder without safetensors.
+        of other shapes; FileNotFoundError for no folder, or one without safetensors.
     """
     import transformers
     from accelerate import init_empty_weights
 
     check_kind(base_weights, [torch.device("cuda")])
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: no folder {folder} here; hub names are not looked up")
     kind = kind or transformers.AutoModelForCausalLM
     # False, as without a word transformers asks at the terminal whether to run a folder's code.
     config = config or transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

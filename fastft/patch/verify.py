@@ -56,7 +56,7 @@ class Verification:
             f"logits      {self.logits:.2e}",
             f"gradients   {worst:.2e}  largest of {len(self.gradients)}" + f", {name}" * bool(name),
         ]
-        lines += [f"no gradient: {name}" for name in self.without_gradient]
+        lines += [f"no gradient: {name}{self._beside(name)}" for name in self.without_gradient]
         if self.perplexity is not None:
             before, stored = self.perplexity
             lines.append(f"perplexity  {before:.4g}, with decode_weights {stored:.4g}")
@@ -66,6 +66,10 @@ class Verification:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _beside(self, name: str) -> str:
+        only = any(remark.startswith(f"{name}: only") for remark in self.remarks)
+        return "" if only else ", nor in the original"
 
 
 def verify(model: nn.Module, batch: Mapping[str, Any]) -> Verification:

@@ -144,6 +144,7 @@ def test_a_flag_wins_over_the_file(file, how):
         (["--weights", "1", "x"], "--weights: invalid float value: 'x'"),
         (["--steps"], "--steps: expected one argument"),
         (["--stop"], "--stop: expected at least one argument"),
+        (["--stop", "a", "--steps", "3", "--stop", "b"], "--stop: given twice"),
         (["--task", "ner"], "--task: invalid choice: 'ner'"),
         (["--bits", "3"], "--bits: invalid choice: 3"),
         (["--steps", "0"], "steps: expected at least 1, got 0"),

@@ -94,8 +94,10 @@ def test_tied_embeddings_biases_and_types(tmp_path):
 def test_what_is_refused(folder):
     with pytest.raises(ValueError, match="base_weights"):
         fastft.load(folder, base_weights="int3")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        fastft.load(folder.parent / "nothing")
     with pytest.raises(FileNotFoundError, match="no safetensors"):
-        fastft.load(folder.parent / "nothing", config=llama().config)
+        fastft.load(folder.parent, config=llama().config)
     file = sorted(folder.glob("*.safetensors"))[0]
     held = load_file(file)
     name = next(iter(held))

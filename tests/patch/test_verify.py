@@ -58,6 +58,14 @@ def test_sees_a_lost_gradient():
     record.replacement = lambda module, x: right(module, x).detach()
     result = verify(model, batch("right"))
     assert not result.ok and any("mlp" in name for name in result.without_gradient)
+    assert "nor in the original" not in str(result)
+
+
+def test_a_gradient_that_the_original_lacks_too_is_no_loss():
+    model = causal_lm("llama").train()
+    model.unused = torch.nn.Linear(2, 2)
+    result = verify(model, batch("right"))
+    assert result.ok and "no gradient: unused.bias, nor in the original" in str(result)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])

@@ -21,7 +21,9 @@ def names(rows: "Dataset", config: Any, known: Sequence[str] | None = None) -> l
     """
     found = labels_in(rows, config)
     if not config.multi_label and len(found) < 2 and not (known and config.continues):
-        raise UserError(f"every row has the label {found.pop()!r}: there is nothing to tell apart")
+        raise UserError(
+            f"every row to learn from has the label {found.pop()!r}: there is nothing to tell apart"
+        )
     if not found:
         raise UserError(f"no row has any label under {config.label_column or LABEL!r}")
     if known is not None and found <= set(known):
