@@ -186,7 +186,7 @@ def _spoiled(name: str, call: Call, draw: Draw) -> str:
 
 def _repeated(name: str, number: int, seed: int) -> str:
     """What is wrong is wrong again. Luck is not: a call has few numbers, a sum may be nearly 0."""
-    for again in range(3):
+    for again in range(6):
         try:
             return one(name, number, seed, again)
         except AssertionError as error:
