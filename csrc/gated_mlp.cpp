@@ -9,7 +9,14 @@
 namespace fastft {
 namespace {
 
-Activation activation_of(const std::string& name) {
+// Takes the handle over. Not a std::string as argument: PyTorch's conversion leaks one a call.
+Activation activation_of(StringHandle handle) {
+  const char* data;
+  size_t length;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  const std::string name(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   if (name == "silu") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
   STD_TORCH_CHECK(name == "gelu_tanh", "activation: expected silu, gelu or gelu_tanh, got ", name);
@@ -55,21 +62,23 @@ void check_like(const Tensor& t, const char* name, const Tensor& gate) {
   STD_TORCH_CHECK(same, name, ": expected the shape and dtype of gate");
 }
 
-Tensor forward(Tensor gate, Tensor up, std::string activation) {
+Tensor forward(Tensor gate, Tensor up, StringHandle name) {
+  const Activation activation = activation_of(name);
   auto [rows, columns] = shape_of(gate);
   check_like(up, "up", gate);
   Rows gates(gate), ups(up);
   if (gates.dense(rows, columns) && ups.dense(rows, columns)) columns *= rows, rows = 1;
   Tensor h = torch::stable::new_empty(gate, gate.sizes());
-  GatedForward a{dtype_of(gate, "gate"),  activation_of(activation), rows, columns,
-                 gates.tensor.data_ptr(), ups.tensor.data_ptr(),     gates.stride,
-                 ups.stride,              h.data_ptr()};
+  GatedForward a{dtype_of(gate, "gate"),  activation,             rows,         columns,
+                 gates.tensor.data_ptr(), ups.tensor.data_ptr(), gates.stride, ups.stride,
+                 h.data_ptr()};
   FASTFT_DISPATCH(gated_forward(a));
   return h;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dh, Tensor gate, Tensor up,
-                                            std::string activation, bool with_h) {
+                                            StringHandle name, bool with_h) {
+  const Activation activation = activation_of(name);
   auto [rows, columns] = shape_of(gate);
   check_like(dh, "dh", gate);
   check_like(up, "up", gate);
@@ -80,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dh, Tensor gate, Tensor up,
   Tensor dgate = torch::stable::new_empty(gate, gate.sizes());
   Tensor dup = torch::stable::new_empty(gate, gate.sizes());
   GatedBackward a{dtype_of(gate, "gate"),
-                  activation_of(activation),
+                  activation,
                   rows,
                   columns,
                   grads.tensor.data_ptr(),

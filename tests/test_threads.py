@@ -1,6 +1,8 @@
 """Two models at once, thousands of cycles, and processes forked at any time."""
 
 import copy
+import ctypes
+import gc
 import multiprocessing
 import threading
 
@@ -83,6 +85,41 @@ def test_memory_is_flat_over_cycles(model, cycles):
         cycle(seed)
     grown = (resident() - before) / 2**20
     assert grown < 4, f"{grown:.1f} MB more after {cycles} cycles"
+
+
+class Heap(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    )]  # fmt: skip
+
+
+def allocated() -> int:
+    """Bytes that C and C++ hold, of which each lost string is seen."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Heap
+    return libc.mallinfo2().uordblks
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc tells")
+def test_a_step_gives_back_what_it_allocates(model):
+    own = copy.deepcopy(model)
+    fastft.patch(own)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            own(input_ids=batch(0), labels=batch(0)).loss.backward()
+            own.zero_grad()
+            with torch.no_grad():
+                own(input_ids=batch(0))
+
+    steps(100)
+    before = allocated()
+    steps(200)
+    assert allocated() - before < 200 * 32
 
 
 def norms(threads: int = 1) -> torch.Tensor:
