@@ -74,9 +74,11 @@ $(TORCH_STAMP):
 	@# setuptools-scm: seqeval is a source package that takes its version from it, without saying so.
 	$(PY) -m pip install "setuptools>=71" ninja setuptools-scm
 	@rm -f $(VENV)/.torch-*
-	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@
+	@# A torch with CUDA has a triton of its own; without one the tests take what they were tuned with.
+	@$(PY) -c 'import importlib.metadata as m; own = [d.version for d in m.distributions(name="triton")]; \
+	  print("torch==" + m.version("torch"), "triton" + ("==" + own[0] if own else "<3.7"), sep="\n")' > $@
 
-# The constraint keeps dependencies from replacing the torch chosen above.
+# The constraint keeps dependencies from replacing the torch chosen above, and its triton.
 $(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py
 	$(PY) -m pip install --constraint $(TORCH_STAMP) --no-build-isolation -e ".[test$(if $(NVCC),,$(COMMA)nvcc)]"
 	@touch $@
