@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from fastft.library import (
-    autocast_dtype,
     first_derivatives_only,
     implement,
     operator,
     rows_of,
 )
-from fastft.ops.quantized_linear import QuantizedWeight
+from fastft.ops.quantized_linear import QuantizedWeight, frozen_linear
 from fastft.ops.round_rows import FP8, _round_rows_fp8
 
 # The sums stay in the tensor cores, with some 13 bits of mantissa on Hopper, rather than going to
@@ -183,17 +182,4 @@ def fp8_linear(
     scale = weight.scale
     if weight.values.dtype is not FP8 or scale is None:
         raise TypeError("weight: expected e4m3 values with a float32 scale per output channel")
-    out, inputs = weight.shape
-    if not x.is_floating_point() or x.dim() == 0:
-        raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
-    if x.shape[-1] != inputs:
-        raise ValueError(f"x: expected {inputs} inputs as the weight has, got {x.shape[-1]}")
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias: expected shape ({out},), got {tuple(bias.shape)}")
-    dtype = autocast_dtype(x.device)
-    if dtype is not None and x.dtype is not torch.float64:
-        x = x.to(dtype)
-    wide = None if bias is None else bias.float()
-    y = _Fp8Linear.apply(rows_of(x), weight.values, scale[:, 0], wide)
-    found: Tensor = y.view(*x.shape[:-1], out)
-    return found
+    return frozen_linear(_Fp8Linear, x, weight, bias)

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from fastft.library import (
-    autocast_dtype,
     first_derivatives_only,
     implement,
     implement_in_triton,
@@ -34,7 +33,7 @@ from fastft.library import (
     rows_of,
 )
 from fastft.ops.low_rank import low_rank_add_
-from fastft.ops.quantized_linear import QuantizedWeight
+from fastft.ops.quantized_linear import QuantizedWeight, frozen_linear
 from fastft.ops.round_rows import _round_rows
 
 # Columns that stay floating point; bench/int8_outliers.py has what other numbers cost.
@@ -192,17 +191,4 @@ def int8_linear(
     scale = weight.scale
     if weight.values.dtype is not torch.int8 or scale is None or scale.dtype is not torch.float32:
         raise TypeError("weight: expected int8 values with a float32 scale per output channel")
-    out, inputs = weight.shape
-    if not x.is_floating_point() or x.dim() == 0:
-        raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
-    if x.shape[-1] != inputs:
-        raise ValueError(f"x: expected {inputs} inputs as the weight has, got {x.shape[-1]}")
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"bias: expected shape ({out},), got {tuple(bias.shape)}")
-    dtype = autocast_dtype(x.device)
-    if dtype is not None and x.dtype is not torch.float64:
-        x = x.to(dtype)
-    wide = None if bias is None else bias.float()
-    y = _Int8Linear.apply(rows_of(x), weight.values, scale[:, 0], wide)
-    found: Tensor = y.view(*x.shape[:-1], out)
-    return found
+    return frozen_linear(_Int8Linear, x, weight, bias)

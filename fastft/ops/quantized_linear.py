@@ -276,3 +276,29 @@ def quantized_linear(
         weight.round_inputs,
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
+
+
+def frozen_linear(
+    function: type[torch.autograd.Function],  # of x (rows, in), values, scale (out,), bias
+    x: Tensor,  # (..., in)
+    weight: QuantizedWeight,  # (out, in), a scale per output channel
+    bias: Tensor | None,  # (out,)
+) -> Tensor:
+    """What int8_linear and fp8_linear have in common: arguments checked, x under autocast's dtype
+    and as rows, the result in x's shape."""
+    assert weight.scale is not None
+    out, inputs = weight.shape
+    if not x.is_floating_point() or x.dim() == 0:
+        raise TypeError(f"x: expected floating point (..., in), got {x.dtype} {tuple(x.shape)}")
+    if x.shape[-1] != inputs:
+        raise ValueError(f"x: expected {inputs} inputs as the weight has, got {x.shape[-1]}")
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias: expected shape ({out},), got {tuple(bias.shape)}")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"bias: expected floating point, got {bias.dtype}")
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype is not torch.float64:
+        x = x.to(dtype)
+    wide = None if bias is None else bias.float()
+    y: Tensor = function.apply(rows_of(x), weight.values, weight.scale[:, 0], wide)
+    return y.view(*x.shape[:-1], out)
