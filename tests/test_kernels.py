@@ -21,8 +21,8 @@ FILES = sorted(
 )
 # Bytes of shared memory a block may have, by compute capability.
 SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# What Triton 3.7 compiles to more registers or spilled bytes than 3.6 and the limits, a little.
-MORE_IN_3_7 = {("cross_entropy", "_in_place", 120), ("norm", "_backward", 100)}
+# Registers and spilled bytes, where Triton 3.7 takes a little more than the limits, unlike 3.6.
+MORE_IN_3_7 = {("cross_entropy", "_in_place", 120): (168, 0), ("norm", "_backward", 100): (255, 32)}
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -54,14 +54,15 @@ def test_compiles_for_every_architecture(file):
     failed = [row for row in rows if "error" in row]
     assert not failed, failed[:3]
     newer = not importlib.metadata.version("triton").startswith("3.6.")
-    known = MORE_IN_3_7 if newer else set()
-    bad = [
-        row
-        for row in rows
+    known = MORE_IN_3_7 if newer else {}
+    bad = []
+    for row in rows:
+        place = file, row["kernel"], row["architecture"]
+        registers, spilled = known.get(place, row["limits"])
         if (
-            (row["registers"] > row["limits"][0] or row["spilled"] > row["limits"][1])
-            and (file, row["kernel"], row["architecture"]) not in known
-        )
-        or row["shared"] > SHARED[row["architecture"]]
-    ]
+            row["registers"] > max(registers, row["limits"][0])
+            or row["spilled"] > max(spilled, row["limits"][1])
+            or row["shared"] > SHARED[row["architecture"]]
+        ):
+            bad.append(row)
     assert not bad, bad[:5]

@@ -26,7 +26,7 @@ from fastft.ops.linear import linear as fused_linear
 from fastft.ops.lora import LoraLinear, lora_shared
 from fastft.ops.lora_mlp import lora_mlp as fused_lora_mlp
 from fastft.ops.lora_onto import lora_onto as fused_lora_onto
-from fastft.ops.quantized_linear import dequantize, quantize
+from fastft.ops.quantized_linear import QuantizedWeight, dequantize, quantize
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -238,20 +238,26 @@ def attention(draw: Draw) -> Call:
     return Call(ours, eager, [draw.tensor(*shape, dtype=dtype, grad=grad) for shape in shapes])
 
 
-def int8_linear(draw: Draw) -> Call:
-    """On an input that rounding does not change; gradients are rounded."""
-    dtype, (*leading, inputs), out = draw.choice(DTYPES), draw.shape(1), draw.size(90)
-    weight = quantize(torch.randn(out, inputs) * 0.05)
+def _over(weight: QuantizedWeight) -> Callable:
+    """The product with the weight that the numbers stand for, in float32 at least."""
 
     def eager(x):
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), dequantize(weight, wide)).to(x.dtype)
 
+    return eager
+
+
+def int8_linear(draw: Draw) -> Call:
+    """On an input that rounding does not change; gradients are rounded."""
+    dtype, (*leading, inputs), out = draw.choice(DTYPES), draw.shape(1), draw.size(90)
+    weight = quantize(torch.randn(out, inputs) * 0.05)
+
     # Whole numbers with a peak of 127, also beside the columns that stay out, are rounded to
     # themselves.
     x = torch.randint(-127, 128, (*leading, inputs)).to(dtype)
     x[..., :17] = 127
-    return Call(lambda x: fused_int8_linear(x, weight), eager, [x])
+    return Call(lambda x: fused_int8_linear(x, weight), _over(weight), [x])
 
 
 def fp8_linear(draw: Draw) -> Call:
@@ -259,13 +265,9 @@ def fp8_linear(draw: Draw) -> Call:
     dtype, (*leading, inputs), out = draw.choice(DTYPES), draw.shape(1), draw.size(90)
     weight = quantize_fp8(torch.randn(out, inputs) * 0.05)
 
-    def eager(x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), dequantize(weight, wide)).to(x.dtype)
-
     x = torch.randint(-16, 17, (*leading, inputs)).to(dtype)  # all of them numbers of e4m3
     x[..., :1] = 448
-    return Call(lambda x: fused_fp8_linear(x, weight), eager, [x])
+    return Call(lambda x: fused_fp8_linear(x, weight), _over(weight), [x])
 
 
 TRAINING = (
