@@ -1,3 +1,5 @@
+"""decode_attention's CUDA kernels on the host: values, its promise bit for bit, far caches."""
+
 import ctypes
 
 import pytest
