@@ -1,4 +1,4 @@
-"""README.md and docs/: every block runs, every link leads somewhere, formulas are the operators'."""
+"""README.md and docs/: blocks run, links lead somewhere, formulas are those of the operators."""
 
 import re
 import shutil

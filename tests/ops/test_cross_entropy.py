@@ -106,7 +106,7 @@ def test_nan_and_infinity_reach_the_loss(isa):
 
 
 def test_what_ignored_rows_hold_does_not_matter(isa):
-    """Rows of padding may hold anything: eager's gradient of NaN is NaN even where it is ignored."""
+    """Padding may hold anything. Eager's gradient of an ignored NaN is NaN all the same."""
     clean, labels = torch.randn(3, 1500), torch.tensor([1, -100, 3])
     results = []
     for value in (0.0, torch.nan, torch.inf):
