@@ -61,7 +61,6 @@ def assert_as_exact(ours, eager, args) -> None:
 
 
 def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, what: str):
-    assert bool(torch.isfinite(eager).all()), f"{what}: eager is not finite, so all would pass"
     assert bool(torch.isfinite(ours).all()), f"{what}: not finite"
     if truth.numel() == 0:
         return
@@ -69,6 +68,8 @@ def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, what: str):
     ulp = torch.finfo(ours.dtype).eps * truth.abs().max()
     slack = 2 * ulp * truth.numel() ** 0.5
     error, allowed = (ours.double() - truth).norm(), (eager.double() - truth).norm()
+    if not bool(torch.isfinite(eager).all()):
+        allowed = allowed.new_zeros(())  # where eager overflows, only the last places are left
     assert error <= 1.5 * allowed + slack, (
         f"{what}: relative error {error / scale:.3g}, eager has {allowed / scale:.3g}"
     )
