@@ -83,11 +83,12 @@ def test_second_derivatives_are_refused(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_and_transforms_are_refused(name):
     function, x = cases()[name], torch.randn(4, HIDDEN)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.jvp(lambda x: total(function(x)), (x,), (torch.ones_like(x),))
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError):
+    no_jvp = pytest.raises(RuntimeError, match="implement the jvp function")
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad(), no_jvp:
         function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: total(function(x)))(x)
 
 
