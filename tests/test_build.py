@@ -106,8 +106,10 @@ def test_without_a_compiler_a_python_wheel_that_works(tree):
 
 
 def test_a_compiler_that_fails_raises(tree):
-    done = setup(tree, "build_ext", CXX=shutil.which("false"))
+    compiler = shutil.which("false")
+    done = setup(tree, "build_ext", CXX=compiler)
     assert done.returncode != 0
+    assert f"CalledProcessError: Command '['{compiler}'" in done.stderr
 
 
 NO_CUDA = textwrap.dedent("""
