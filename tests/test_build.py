@@ -10,7 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cross import setup_names
 from test_cuda import nvcc
+
+import fastft
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +73,7 @@ def test_metadata_needs_no_torch(tree):
     source = "raise ModuleNotFoundError('no torch', name='torch')"
     done = setup(tree, "--version", path=[fake_torch(tree, source)])
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == fastft.__version__
 
 
 def test_a_broken_torch_raises(tree):
@@ -102,8 +106,10 @@ def test_without_a_compiler_a_python_wheel_that_works(tree):
 
 
 def test_a_compiler_that_fails_raises(tree):
-    done = setup(tree, "build_ext", CXX=shutil.which("false"))
+    compiler = shutil.which("false")
+    done = setup(tree, "build_ext", CXX=compiler)
     assert done.returncode != 0
+    assert f"CalledProcessError: Command '['{compiler}'" in done.stderr
 
 
 NO_CUDA = textwrap.dedent("""
@@ -143,9 +149,7 @@ def test_cuda_kernels_are_built_where_asked_and_load_without_cuda(tree):
 )
 def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(tmp_path, cuda, nvcc, why):
     """Its runtime would ask for a driver that torch does not need."""
-    source = (ROOT / "setup.py").read_text().replace("setup(**native_parts())", "")
-    names = {"__file__": str(ROOT / "setup.py")}
-    exec(compile(source, "setup.py", "exec"), names)
+    names = setup_names()
     path = tmp_path / "nvcc"
     path.write_text(f"#!/bin/sh\necho '{nvcc}'\n")
     path.chmod(0o755)
@@ -154,9 +158,7 @@ def test_a_toolkit_of_another_cuda_than_torchs_is_not_used(tmp_path, cuda, nvcc,
 
 
 def test_usual_architectures_are_those_the_compiler_knows(tmp_path, monkeypatch):
-    source = (ROOT / "setup.py").read_text().replace("setup(**native_parts())", "")
-    names = {"__file__": str(ROOT / "setup.py")}
-    exec(compile(source, "setup.py", "exec"), names)
+    names = setup_names()
     path = tmp_path / "nvcc"
     path.write_text("#!/bin/sh\necho sm_80 sm_90 sm_120\n")
     path.chmod(0o755)

@@ -301,9 +301,10 @@ def test_the_head_is_a_trained_models():
 
 
 def test_a_wrong_operator_is_found_before_it_is_timed(monkeypatch):
-    monkeypatch.setattr(products, "lora", lambda x, layer: x @ layer.weight.t())
+    right = products.lora
+    monkeypatch.setattr(products, "lora", lambda x, layer: 1.2 * right(x, layer))
     session = Session(HERE, measure.CpuTimer(), RATES)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError, match="from eager, allowed is 0.05"):
         products.lora_layer(session, LLAMA_1B, False)
 
 

@@ -1,7 +1,6 @@
 """Who may import whom (nothing points upward), and what `import fastft` costs."""
 
 import ast
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +46,7 @@ def parts(names: set[str]) -> set[str]:
 @pytest.mark.parametrize("part", ALLOWED)
 def test_nothing_points_upward(part):
     files = [*ROOT.glob(f"fastft/{part}.py"), *ROOT.glob(f"fastft/{part}/**/*.py")]
+    assert files
     for path in files:
         upward = parts(imports(path)) - ALLOWED[part] - {part}
         assert not upward, f"{path.relative_to(ROOT)} imports {upward}"
@@ -93,10 +93,11 @@ def test_what_is_imported_within_functions_exists(folder):
             module, _, last = name.rpartition(".")
             if module.split(".")[0] not in ("fastft", "bench", "tests"):
                 continue
+            module = module.replace("fastft.kernels", "kernels.triton")
             file = ROOT / module.replace(".", "/")
             file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-            if file.exists():  # kernels/ is not there as fastft.kernels
-                assert last in bound(file), f"{path.relative_to(ROOT)} imports {name}"
+            known = file.exists() and last in bound(file)
+            assert known, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def python(code: str) -> str:
@@ -115,8 +116,8 @@ def test_import_is_quick():
         "import time, torch\nstart = time.process_time()\nimport fastft\n"
         "print(time.process_time() - start)"
     )
-    # CPU time, since the machine may be busy; the least-disturbed runs count.
-    assert statistics.median(float(python(code)) for _ in range(5)) < 0.2
+    # CPU time, since the machine may be busy; the run that was disturbed least counts.
+    assert min(float(python(code)) for _ in range(5)) < 0.2
 
 
 def test_no_path_of_one_machine():

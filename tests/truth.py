@@ -61,29 +61,44 @@ def assert_as_exact(ours, eager, args) -> None:
 
 
 def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, what: str):
-    assert bool(torch.isfinite(ours).all()) or not bool(torch.isfinite(eager).all()), (
-        f"{what}: not finite"
-    )
+    assert bool(torch.isfinite(ours).all()), f"{what}: not finite"
     if truth.numel() == 0:
         return
     scale = truth.norm()
     ulp = torch.finfo(ours.dtype).eps * truth.abs().max()
     slack = 2 * ulp * truth.numel() ** 0.5
     error, allowed = (ours.double() - truth).norm(), (eager.double() - truth).norm()
+    if not bool(torch.isfinite(eager).all()):
+        allowed = allowed.new_zeros(())  # where eager overflows, only the last places are left
     assert error <= 1.5 * allowed + slack, (
         f"{what}: relative error {error / scale:.3g}, eager has {allowed / scale:.3g}"
     )
 
 
+def beside_logits(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss plus a number as large as the logits it is a difference of.
+
+    A single small loss is exact in eager by luck at times; the rule is to measure it against the
+    rounding of its logits.
+    """
+    return lambda *args: function(*args) + 10.0
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """0 and -0 differ, and NaN is NaN."""
+    assert x.shape == y.shape and x.dtype == y.dtype
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (x, y)))
+
+
 def assert_same_bits_for_any_threads(compute: Callable[[], tuple[Tensor, ...] | Tensor]):
-    """compute() gives the same bits on 1, 2 and 3 threads."""
+    """compute() gives the same bits on 1, 2, 3 and 16 threads."""
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
             out = compute()
             results.append((out,) if isinstance(out, Tensor) else out)
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))

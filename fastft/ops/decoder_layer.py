@@ -205,6 +205,8 @@ def _decoder_layer(
     def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if center:
+            if offset and weight is not None:
+                weight = weight.to(torch.promote_types(x.dtype, torch.float32)) + offset
             return _layer_norm(rows, None, weight, bias, eps)[0].view_as(x)
         return _rms_norm(rows, None, weight, eps, offset)[0].view_as(x)
 

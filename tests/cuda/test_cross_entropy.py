@@ -1,3 +1,5 @@
+"""cross_entropy's CUDA kernels on the host: values, bits, shared memory, far rows, wrong labels."""
+
 import ctypes
 from itertools import product
 

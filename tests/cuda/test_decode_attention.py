@@ -1,9 +1,12 @@
+"""decode_attention's CUDA kernels on the host: values, its promise bit for bit, far caches."""
+
 import ctypes
 
 import pytest
 import torch
 from launching import DTYPES, call, far, pointer
 from same import assert_same
+from truth import same_bits
 
 from fastft.ops.decode_attention import _decode_attention
 
@@ -103,11 +106,6 @@ def test_against_the_reference(order, dtype, window, softcap):
 def test_head_dims(attend, dtype, dim):
     args = inputs(dtype, [70], 2, 1, 1, dim)
     assert_same(attend, _decode_attention, (*args, dim**-0.5, -1, 0.0))
-
-
-def same_bits(x, y):
-    whole = torch.int32 if x.dtype is torch.float32 else torch.int16
-    return torch.equal(x.contiguous().view(whole), y.contiguous().view(whole))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -38,7 +38,8 @@ ACTIVATIONS = {
 def rms_norm(draw: Draw) -> Call:
     # Of one number the result is its sign, and the gradient what eps and rounding leave.
     dtype, shape = draw.choice(DTYPES), draw.shape(2)
-    x, residual = draw.tensor(*shape, dtype=dtype), draw.maybe(*shape, dtype=dtype)
+    std = draw.choice([1.0, 1e-3])  # of small ones eps decides
+    x, residual = (each(*shape, dtype=dtype, std=std) for each in (draw.tensor, draw.maybe))
     weight = draw.maybe(shape[-1], dtype=dtype)
     offset = 0.0 if weight is None else draw.choice([0.0, 1.0])
     return Call(fused_rms_norm, eager_rms_norm, [x, residual, weight, offset])
@@ -47,7 +48,8 @@ def rms_norm(draw: Draw) -> Call:
 def layer_norm(draw: Draw) -> Call:
     # Of one number, the deviation is nothing, and what eager's is, is rounding.
     dtype, shape = draw.choice(DTYPES), draw.shape(3)
-    x, residual = draw.tensor(*shape, dtype=dtype), draw.maybe(*shape, dtype=dtype)
+    std = draw.choice([1.0, 1e-3])  # of small ones eps decides
+    x, residual = (each(*shape, dtype=dtype, std=std) for each in (draw.tensor, draw.maybe))
     weight = draw.maybe(shape[-1], dtype=dtype)
     bias = None if weight is None else draw.maybe(shape[-1], dtype=dtype)
     return Call(fused_layer_norm, eager_layer_norm, [x, residual, weight, bias])

@@ -93,22 +93,23 @@ def decoder_layer(draw: Draw) -> Call:
     counts = [draw.size(20) for _ in before]
     chosen = [draw.randint(-1, len(ranks) - 1) for _ in before] if ranks else None
     context = [torch.randn(count, hidden) for count in before]
+    turned = 2 * draw.randint(1, dim // 2) if draw.random() < 0.3 else dim
     keys, values = make_cache(len(before), dim=dim)
     with torch.no_grad():
-        first = place(before, [0] * len(before), chosen, not layer.center, dim)
+        first = place(before, [0] * len(before), chosen, not layer.center, turned)
         fused_decoder_layer(torch.cat(context), layer, keys, values, first)
-    tokens = place(counts, before, chosen, not layer.center, dim)
+    tokens = place(counts, before, chosen, not layer.center, turned)
     apply = draw.choice([
         lambda x, *cache: fused_decoder_layer(x, layer, *cache, tokens),
         lambda x, keys, values: decoder_layers(x, [layer], [keys], [values], tokens),
     ])  # fmt: skip
 
     def eager(x):
-        rows = zip(context, x.split(counts), chosen or [-1] * len(before), strict=True)
-        return torch.cat([
-            plain(layer, torch.cat((old.to(x.dtype), new)), None if one < 0 else one)[len(old) :]
-            for old, new, one in rows
-        ])  # fmt: skip
+        rows, outs = zip(context, x.split(counts), chosen or [-1] * len(before), strict=True), []
+        for old, new, one in rows:
+            whole = torch.cat((old.to(x.dtype), new))
+            outs.append(plain(layer, whole, None if one < 0 else one, turned)[len(old) :])
+        return torch.cat(outs)
 
     x = draw.tensor(sum(counts), hidden, grad=False)
     return Call(lambda x: apply(x.contiguous(), keys.clone(), values.clone()), eager, [x])

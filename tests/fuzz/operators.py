@@ -181,6 +181,15 @@ def _spoiled(name: str, call: Call, draw: Draw) -> str:
     except (*REFUSALS, *PLAIN.get(name, ())) as error:
         assert len(str(error)) > 10, repr(error)
         return "refused"
+    try:
+        wanted = _first(call.eager(*args)).detach().double()
+    except Exception:  # what eager does not take has no answer
+        return "taken"
+    got = out.detach().double()
+    assert got.shape == wanted.shape, f"{tuple(got.shape)}, eager gives {tuple(wanted.shape)}"
+    if bool(wanted.isfinite().all()):
+        gap = (got - wanted).norm()
+        assert gap <= 0.02 * wanted.norm(), f"{gap:.3g} from eager's {wanted.norm():.3g}"
     return "taken"
 
 

@@ -138,6 +138,17 @@ def test_rotary():
     same(rotary.rotary(*args), rotary.rotary(q, k, cos, sin, 1))
 
 
+def test_eight_bits():
+    rounding, scaling = kernels("round_rows"), kernels("int8_linear")
+    (x,) = vectors((10, 40))
+    same(rounding.round_rows(far(x), None), rounding.round_rows(x, None))
+    near, total = torch.randint(-99, 99, (10, 40), dtype=torch.int32), torch.randn(10, 40)
+    apart, rest = near.clone(), (torch.rand(10), None, None)
+    scaling.scale_sums_(apart, *rest, far(total))
+    scaling.scale_sums_(near, *rest, total)
+    same(apart, near)
+
+
 def test_low_rank():
     thin = kernels("low_rank")
     (matrix,) = vectors((20, 40))
@@ -223,6 +234,9 @@ def cases():
     yield "gated_mlp", "gated_mlp", (x, x, "silu")
     yield "gated_mlp", "gated_mlp_backward", (x, x, x, "silu", True)
     yield "rotary", "rotary", (*turned, angles, angles, 1)
+    yield "round_rows", "round_rows_fp8", (x, None)
+    sums = meta(rows, hidden, dtype=torch.int32)
+    yield "int8_linear", "scale_sums_", (sums, floats, None, None, None)
     yield "low_rank", "low_rank_dot", (x, wide, None, 1.0, 1.0)
     yield "low_rank", "low_rank_sum", (x, narrow, None, 1.0, 1.0)
     yield "low_rank", "low_rank_add_", (x, narrow, wide, None, 1.0, 1.0)

@@ -51,3 +51,9 @@ def test_rows_that_lie_apart():
 def test_no_rows():
     empty = torch.randn(0, 16)
     assert_same(norm.rms_norm, _rms_norm, (empty, None, torch.ones(16), 1e-6, 0.0))
+
+
+def test_rows_next_to_zero():
+    """Where eps decides: of numbers near 1 it changes less than a kernel's last place."""
+    both((5, 33), torch.float32, False, 1e-3 * torch.randn(5, 33))
+    both((5, 33), torch.float32, False, torch.zeros(5, 33))

@@ -28,7 +28,8 @@ def test_a_row_longer_than_the_registers(monkeypatch):
     both((2, norm.LONGEST + 5), torch.float16, True)
 
 
-def test_no_rows_rows_that_lie_apart_and_far_from_zero():
+def test_no_rows_rows_that_lie_apart_far_from_zero_and_next_to_it():
     both((0, 40), torch.float32, True)
     base = torch.randn(9, 2, 40) + 1000.0
     both((9, 40), torch.float32, False, base[:, 0], base[:, 1])
+    both((5, 40), torch.float32, False, 1e-3 * torch.randn(5, 40))

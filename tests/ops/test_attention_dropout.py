@@ -10,13 +10,20 @@ from fastft.ops.attention import _keep, attention
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+LENGTHS = [37, 63]
+
+
 def dropout_from(keep, dropout):
-    """Attention over one sequence with a given mask of what is kept."""
+    """Attention over the two sequences with a given mask of what is kept."""
+    sequence = torch.repeat_interleave(torch.arange(2), torch.tensor(LENGTHS))
+    unseen = sequence[:, None] != sequence
 
     def eager(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         wide = torch.promote_types(q.dtype, torch.float32)
-        p = torch.softmax(scores, -1, dtype=wide) * keep / (1 - dropout)
+        p = torch.softmax(scores.masked_fill(unseen, -torch.inf), -1, dtype=wide)
+        p = p * keep / (1 - dropout)
         return torch.einsum("hqk,khd->qhd", p.to(q.dtype), v)
 
     return eager
@@ -25,9 +32,10 @@ def dropout_from(keep, dropout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", [0, -5, 2**40 + 17])
 def test_kernel_drops_what_the_reference_drops(isa, dtype, seed):
-    keep = _keep(torch.tensor(seed), 3, 100, 100, 0.3)
-    args = inputs(dtype, 100, 100, 3, 3, 24)
-    cu = bounds([100])
+    """Numbered by query head, and by token of all sequences together."""
+    keep = _keep(torch.tensor(seed), 4, 100, 100, 0.3)
+    args = inputs(dtype, 100, 100, 4, 2, 24)
+    cu = bounds(LENGTHS)
     assert_as_exact(
         lambda q, k, v: attention(q, k, v, cu, dropout=0.3, seed=seed),
         dropout_from(keep, 0.3),

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
-from truth import assert_as_exact, assert_same_bits_for_any_threads, leaves, run
+from truth import (
+    assert_as_exact,
+    assert_same_bits_for_any_threads,
+    beside_logits,
+    leaves,
+    run,
+    same_bits,
+)
 
 from fastft.ops.cross_entropy import (
     LossOptions,
@@ -30,15 +37,6 @@ def eager(logits, weight, labels, options):
 
 def fused(logits, weight, labels, options):
     return cross_entropy(logits, labels, weight=weight, **options)
-
-
-def beside_logits(function):
-    """The loss plus a number as large as the logits it is a difference of.
-
-    A single small loss is exact in eager by luck at times; the rule is to measure it against the
-    rounding of its logits.
-    """
-    return lambda *args: function(*args) + 10.0
 
 
 def inputs(dtype, shape, weighted=False, ignored=0.3, ignore_index=-100, scale=2.0):
@@ -105,6 +103,19 @@ def test_nan_and_infinity_reach_the_loss(isa):
         assert losses.isnan().tolist() == [False, True, False]
         (grad,) = torch.autograd.grad(losses.sum(), logits)
         assert grad.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_what_ignored_rows_hold_does_not_matter(isa):
+    """Padding may hold anything. Eager's gradient of an ignored NaN is NaN all the same."""
+    clean, labels = torch.randn(3, 1500), torch.tensor([1, -100, 3])
+    results = []
+    for value in (0.0, torch.nan, torch.inf):
+        logits = clean.index_fill(0, torch.tensor([1]), value).requires_grad_()
+        outs, (grad,) = run(fused, (logits, None, labels, {"label_smoothing": 0.1}))
+        assert not grad[1].any() and grad[::2].any(1).all()
+        results.append((*outs, grad))
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import eager_sequence, mask_of
 from torch.library import opcheck
-from truth import assert_as_exact
+from truth import assert_as_exact, assert_same_bits_for_any_threads, same_bits
 
 from fastft.ops.decode_attention import _decode_attention, decode_attention
 
@@ -78,13 +78,6 @@ def test_any_shape(lengths, queries, heads, dim, dtype, options):
     assert_as_exact(ours(lengths, **options), eager(lengths, **options), args)
 
 
-def same_bits(x, y):
-    """0 and -0 differ, and NaN is NaN."""
-    assert x.shape == y.shape and x.dtype == y.dtype
-    whole = torch.int32 if x.dtype is torch.float32 else torch.int16
-    return torch.equal(x.contiguous().view(whole), y.contiguous().view(whole))
-
-
 # Work enough for both threads: three key heads leave blocks to share out, nine rows of them do not.
 LENGTHS = [1300, 3, 257, 1024, 0, 700, 255, 801, 12]
 PROMISED = [{}, {"window": 270}, {"window": 3, "softcap": 2.0}]
@@ -129,12 +122,7 @@ def test_bits_do_not_depend_on_capacity_or_strides(isa, dtype):
 @pytest.mark.parametrize("lengths", [[1500], [1500, 400, 1100], [900] * 9], ids=len)
 def test_bits_do_not_depend_on_the_number_of_threads(isa, lengths):
     args = inputs(torch.float32, lengths, 4, 6, 2, 64)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3, 16):
-        torch.set_num_threads(count)
-        results.append(ours(lengths)(*args))
-    torch.set_num_threads(threads)
-    assert all(same_bits(results[0], other) for other in results[1:])
+    assert_same_bits_for_any_threads(lambda: ours(lengths)(*args))
 
 
 def test_lengths_may_be_strided():

@@ -61,7 +61,9 @@ def test_a_stored_weight(dtype):
     stored = quantize_fp8(weight)
     assert stored.values.dtype is FP8 and stored.scale.shape == (40, 1) and stored.scale[3] == 0
     again = dequantize(stored, dtype)
-    assert (again.double() - weight.double()).abs().max() <= 2**-4 * weight.abs().max()
+    # Three digits, or steps of 2^-9 where numbers are next to zero, whatever its row's size is.
+    gap = (dequantize(stored, torch.float64) - weight.double()).abs()
+    assert bool((gap <= 2**-4 * weight.double().abs() + 2**-10 * stored.scale).all())
     assert not again[3].any()
     # A saved model has what the numbers stand for: loaded, it has the same numbers.
     assert torch.equal(quantize_fp8(again).values.view(torch.int8), stored.values.view(torch.int8))
@@ -152,11 +154,14 @@ def test_large_columns_do_not_spoil_the_others():
     assert (y - truth).norm() < 0.04 * truth.norm()
 
 
-def test_frozen_inputs_cost_no_product():
+def test_frozen_inputs_cost_no_product(monkeypatch):
     weight = quantize_fp8(torch.randn(16, 32))
     bias = torch.zeros(16, requires_grad=True)
     x = torch.randn(3, 32)
-    fp8_linear.fp8_linear(x, weight, bias).sum().backward()
+    y = fp8_linear.fp8_linear(x, weight, bias)
+    with monkeypatch.context() as without:
+        without.setattr(fp8_linear, "fp8_product", None)
+        y.sum().backward()
     assert torch.equal(bias.grad, torch.full((16,), 3.0))
     with torch.autocast(x.device.type, torch.bfloat16):
         assert fp8_linear.fp8_linear(x, weight).dtype is torch.bfloat16
@@ -203,7 +208,9 @@ def test_adapters_over_fp8_weights(dtype, monkeypatch):
         db = each.scale * dy.double().t() @ (wide @ a.t())
         torch.testing.assert_close(each.b.grad.double(), db, rtol=1e-4, atol=1e-4)
     near(x.grad, dx)
-    torch.testing.assert_close(bias.grad.double(), dys[0].double().sum(0), rtol=1e-2, atol=1e-1)
+    # Rounded once to the type of x.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(bias.grad.double(), dys[0].double().sum(0), rtol=eps, atol=1e-5)
 
 
 def near(got, truth):
@@ -305,5 +312,5 @@ def test_bad_input():
         QuantizedWeight(weight.values)
     with pytest.raises(TypeError, match="weight: expected float32"):  # that is for decoding
         quantized_linear(torch.randn(3, 32), weight)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         fp8_product(*operands(3, 32, 16)[:2], weight.values[:, :16], None, torch.float32)

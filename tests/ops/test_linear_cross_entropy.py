@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import assert_as_exact, leaves, run
+from truth import assert_as_exact, beside_logits, leaves, run
 
 import fastft.ops.linear_cross_entropy_chunked as module
 from fastft.ops.linear_cross_entropy import Head, linear_cross_entropy
@@ -21,11 +21,6 @@ from fastft.ops.linear_cross_entropy_chunked import _labelled_only, _linear_cros
 def _several_chunks(monkeypatch):
     """Every test runs over more than one chunk."""
     monkeypatch.setattr(module, "_CHUNK", 1)
-
-
-def beside_logits(function):
-    """The loss plus a number as large as its logits, whose rounding a small loss is exact to."""
-    return lambda *args: function(*args) + 10.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -122,7 +122,6 @@ def test_no_gradient_that_nobody_needs():
     cos, sin = angles(1, 5, 8)
     assert_as_exact(lambda *a: fused(*a)[0], lambda *a: eager(*a)[0], (q, frozen_k, cos, sin))
     assert_as_exact(lambda *a: fused(*a)[1], lambda *a: eager(*a)[1], (frozen_q, k, cos, sin))
-    assert_as_exact(lambda *a: fused(*a)[1], lambda *a: eager(*a)[1], (frozen_q, k, cos, sin))
     y = rotary(q, k, cos, sin)
     (dq,) = torch.autograd.grad(y[0].sum(), q, retain_graph=True)
     assert torch.autograd.grad(y[0].sum(), k, allow_unused=True, retain_graph=True) == (None,)
