@@ -233,15 +233,16 @@ def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter[str]) -> Non
     if not len(kept):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         raise UserError(f"{config.data}: no row is left ({why}); nothing was written")
+    for pair in (("one", "list"), ("name", "number")):
+        found = [first for kind, first in kept.kinds.items() if kind in pair]
+        if len(found) == 2:
+            told = (f"{label!r:.60} (row {place.row} of {place.file})" for label, place in found)
+            raise UserError(
+                f"{config.data}: the labels {' and '.join(told)} cannot be read as one column; "
+                "nothing was written"
+            )
     labels = set(kept.labels)
-    names = {one for held in labels for one in held if isinstance(one, str)}
-    numbers = {one for held in labels for one in held} - names
-    if names and numbers:
-        raise UserError(
-            f"{config.data}: some labels are names and some numbers, such as {min(names)!r} and "
-            f"{min(numbers)!r}, which cannot be read as one column; nothing was written"
-        )
-    if len(labels) == 1 and len(only := labels.pop()) == 1 and kept.labelled:
+    if len(labels) == 1 and len(only := labels.pop()) == 1 and "one" in kept.kinds:
         raise UserError(
             f"{config.data}: every row has the label {only[0]!r}, and there is nothing to learn "
             "from one; nothing was written"
