@@ -107,7 +107,7 @@ class Prompter:
     def question(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] = ()) -> str:
         """The template with the row's values."""
         if self.conversations:
-            return json.dumps(_asked(row["messages"]), sort_keys=True)
+            return json.dumps(_asked(row.get("messages")), sort_keys=True)
         return _render(self._question, "template", row, examples=list(examples))
 
     def answer(self, row: Mapping[str, Any]) -> str:
@@ -144,7 +144,7 @@ class Prompter:
         if self.conversations:
             for example in examples:
                 messages += example["messages"]
-            messages += _asked(row["messages"])
+            messages += _asked(row.get("messages"))
         else:
             for example in examples:
                 messages.append({"role": "user", "content": self.question(example)})
@@ -269,8 +269,10 @@ def _render(template: Any, name: str, row: Mapping[str, Any], **more: Any) -> st
         raise UserError(f"{name}: {said}") from None
 
 
-def _asked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _asked(messages: Any) -> list[Mapping[str, Any]]:
     """A conversation up to what the model is to say next."""
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise UserError(f"messages: expected a list of turns, got {messages!r:.60}")
     asked = list(messages)
     while asked and asked[-1].get("role") == "assistant":
         asked.pop()

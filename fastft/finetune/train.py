@@ -28,6 +28,7 @@ LEARNING_RATES: dict[Method, float] = {
     "prefix": 1e-2,
     "prompt": 1e-2,
 }
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass(kw_only=True)
@@ -145,9 +146,11 @@ class TrainConfig(Config):
     )
     best: bool = option(True, help="end with the best checkpoint rather than the last")
     folds: int = option(0, least=0, help="k-fold cross-validation; 0: none")
-    seed: int = option(0, least=0, help="new weights, dropout and order are drawn by it")
+    seed: int = option(
+        0, least=0, most=LARGEST_SEED, help="new weights, dropout and order are drawn by it"
+    )
     seeds: list[int] | None = option(
-        None, least=0, help="one run for each, with mean and deviation"
+        None, least=0, most=LARGEST_SEED, help="one run for each, with mean and deviation"
     )
     resume: bool = option(False, help="go on with the run in the output folder")
     dry_run: bool = option(False, help="show settings, examples and estimates; train nothing")

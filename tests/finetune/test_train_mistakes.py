@@ -37,7 +37,10 @@ def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
         "no label column": ({"label_column": "lable"}, "did you mean 'label'"),
         "one class": ({"data": rows("one.jsonl", [good] * 5)}, "nothing to tell apart"),
         "no label": ({"data": rows("x.jsonl", [good, {"text": "a"}, bad])}, "row 1: no label"),
-        "no text": ({"data": rows("t.jsonl", [good, bad | {"text": None}])}, "row 1"),
+        "no text": (
+            {"data": rows("t.jsonl", [good, bad | {"text": None}])},
+            "row 1: expected a text to classify, got None",
+        ),
         "unseen label": (
             {"validation_data": rows("v.jsonl", [good, good | {"label": "fine"}])},
             "validation: row 1: the label 'fine' is not one of bad, good",
@@ -92,6 +95,12 @@ def test_mistakes_are_one_sentence_and_leave_nothing(config, shared, tmp_path, c
         assert words in str(raised.value), name
         assert "\n" not in str(raised.value), name
         assert not (tmp_path / "run").exists(), name
+
+
+def test_a_seed_that_numpy_does_not_take(config):
+    for own in ({"seed": 2**32}, {"seeds": [1, 2**32]}):
+        with pytest.raises(UserError, match="^seeds?: expected at most 4294967295, got 4294967296"):
+            config("classify", **own)
 
 
 def test_a_run_is_not_written_over(config, tmp_path):
