@@ -312,7 +312,7 @@ def test_a_bottleneck_that_does_not_fit_changes_nothing(tmp_path):
         methods.load(model_of("bert", "ner"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"bottleneck": "8"}))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"has shape \(8,\), expected \('8',\)"):
         methods.load(model_of("bert", "ner"), tmp_path)
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 
 import pytest
+from finetune import tiny
 
 from fastft import cli
 from fastft.finetune import UserError, prepare_report, readers, reading
@@ -25,8 +26,7 @@ TEXTS = [
 
 
 def save(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(tiny.save_rows(path, rows))
 
 
 def lines(path):

@@ -1,4 +1,4 @@
-"""fastft train on tiny models: every task by every method, and everything a run can go through."""
+"""fastft train on tiny models: every task, every method, and everything a run can go through."""
 
 import json
 import os
@@ -10,13 +10,10 @@ import pytest
 import torch
 import yaml
 from finetune import tiny
+from finetune.tiny import losses
 
 from fastft.finetune import UserError, checkpoints, loading, methods, train, trainer
 from fastft.finetune.run_folder import RunFolder
-
-
-def losses(folder) -> list[float]:
-    return [e["loss"] for e in json.loads((folder / "log.json").read_text()) if "loss" in e]
 
 
 def weights(folder) -> dict:

@@ -11,7 +11,7 @@ import torch
 from finetune import tiny
 
 from fastft import cli
-from fastft.finetune import UserError, train
+from fastft.finetune import UserError, run_folder, train
 from fastft.finetune.run_folder import readable
 
 
@@ -81,6 +81,17 @@ def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
             "); rename them",
         ),
         "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
+        "labels in no list": (
+            {"multi_label": True, "data": rows("i.jsonl", [good | {"label": 1}] * 2)},
+            "row 0: expected labels in a list, got 1",
+        ),
+        "folds and validation data": (
+            {"folds": 2, "validation_data": rows("f.jsonl", [good, bad])},
+            "every fold validates on its own part",
+        ),
+        "one row": (
+            {"data": rows("s.jsonl", [good]), "validation": 0.5}, "one row cannot be split",
+        ),
     }  # fmt: skip
 
 
@@ -111,6 +122,15 @@ def test_a_run_is_not_written_over(config, tmp_path):
     with pytest.raises(UserError, match="no run to resume"):
         train(config("classify", resume=True))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
+    data = tiny.save_rows(tmp_path / "rows.jsonl", tiny.labelled())
+    run = config("classify", data=str(data))
+    run_folder.start(run, [data])
+    tiny.save_rows(data, tiny.labelled(20))
+    with pytest.raises(UserError, match="rows.jsonl has changed since the run was started"):
+        train(replace(run, resume=True))
 
 
 def test_the_command(shared, tmp_path, capsys):
