@@ -25,6 +25,7 @@ from fastft.finetune import (
     floor,
     fresh,
     loading,
+    methods,
     vocabulary,
 )
 from fastft.foreign import ForeignModule
@@ -108,6 +109,8 @@ def load_task(settings: Settings) -> Task:
 def load_base(settings: Settings) -> ForeignModule:
     """The frozen model, in float32: what a CPU is fastest in."""
     model: ForeignModule = loading.load_model(settings.model, "lm")
+    if methods.is_adapter(model):
+        raise UserError(f"{settings.model}: an adapter; the demo trains its own, so merge it first")
     return model
 
 

@@ -109,8 +109,9 @@ class Source:
 def prepare(config: PrepareConfig) -> PrepareResult:
     """Makes config.output of config.data, prints a table of what became of the rows.
 
-    Raises: UserError for data that cannot be read or has no such column, where no row is left or
-    all have one label, for an output that exists, and for a full disk: then nothing is written.
+    Raises: UserError for data that cannot be read or has no such column, where no row is left,
+    labels are of two kinds or all the same, for an output that exists or is being made, and for a
+    full disk: then nothing is written.
     """
     output = Path(config.output).expanduser()
     if os.path.lexists(output):

@@ -97,6 +97,12 @@ def test_too_little_data_is_told(settings):
         demo.load_task(replace(settings, longest=1))
 
 
+def test_an_adapter_is_no_model_to_add_one_to(settings, tmp_path):
+    demo.load_lora(settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter: an adapter; .* merge it first"):
+        demo.load_lora(replace(settings, model=str(tmp_path / "adapter")))
+
+
 def test_a_name_that_is_nowhere_is_told(settings, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot load 'nobody/nothing'"):

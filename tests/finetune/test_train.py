@@ -233,7 +233,8 @@ def test_a_dry_run_writes_nothing(config, capsys):
         assert f"task: {task}" in shown and "learning_rate: 5.0e-05" in shown
         assert shown.count("\nexample ") == 3 or task == "sft"
         assert "> " in shown and "minutes" in shown and "MB, activations" in shown
-        assert result.metrics["memory_bytes"]["activations"] > 1000
+        held, counted = result.metrics["memory_bytes"], result.metrics["parameters"]
+        assert held["weights"] == 4 * counted["all"] and held["activations"] > 1000
         assert result.metrics["steps"] == 12
     assert "> word" in shown and "  <s> user" in shown  # the answer is learned, what is asked not
 
