@@ -6,7 +6,6 @@ or many, with or without drafts (loop.py), and what it does not serve goes to `m
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -103,9 +102,9 @@ def _check_speculation(speculation: Any) -> None:
 def _check_seed(seed: Any) -> None:
     if seed is None:
         return
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise TypeError(f"seed: expected a whole number or None, got {seed!r}")
-    if not -(2**63) <= int(seed) < 2**64:  # what PyTorch's generators take
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or None, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:  # what PyTorch's generators take
         raise ValueError(f"seed: expected -2**63 to 2**64 - 1, got {seed}")
 
 

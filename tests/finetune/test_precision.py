@@ -2,7 +2,7 @@
 
 import pytest
 from finetune.tiny import losses
-from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from fastft.finetune import train
 
@@ -24,18 +24,18 @@ def test_mixed_precision_learns_what_float32_does(config, tmp_path, task, method
 
 
 def test_checkpointing_computes_layers_twice_and_learns_the_same(config, tmp_path, monkeypatch):
-    calls, forward = [], BertLayer.forward
+    calls, forward = [], BertIntermediate.forward
 
     def counted(self, *args, **options):
         calls.append(self)
         return forward(self, *args, **options)
 
-    monkeypatch.setattr(BertLayer, "forward", counted)
+    monkeypatch.setattr(BertIntermediate, "forward", counted)
     seen, counts = [], []
     for on in (False, True):
         own = {"gradient_checkpointing": on, "output": str(tmp_path / str(on)), "patch": False}
         seen.append(losses(train(config("classify", steps=3, **own)).folder))
         counts.append(len(calls))
         calls.clear()
-    assert counts == [6, 12]  # two layers, three steps
+    assert counts == [6, 12]  # in two layers, three steps
     assert seen[0] == pytest.approx(seen[1], abs=1e-6)
