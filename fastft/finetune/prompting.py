@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastft.finetune import UserError, need
-from fastft.finetune.config import Config, option
+from fastft.finetune.config import LARGEST_SEED, Config, option
 
 # Name -> the question, and the answer that follows it in an example.
 TEMPLATES = {
@@ -58,7 +58,7 @@ class PromptConfig(Config):
         "which examples: the first, drawn by the seed for each question, or the most similar ones "
         "(TF-IDF), the nearest last",
     )
-    seed: int = option(0, "examples and samples are drawn by it")
+    seed: int = option(0, "examples and samples are drawn by it", least=0, most=LARGEST_SEED)
 
     def check(self) -> None:
         if self.shots and self.examples is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastft.finetune import UserError, need
-from fastft.finetune.config import Config, option
+from fastft.finetune.config import LARGEST_SEED, Config, option
 
 # Learning rates that people start from: the fewer weights a method trains, the larger. How six of
 # them do on MiniLM and 800 reviews: `python -m bench.workflows --only sentiment`. There prompt had
@@ -28,7 +28,6 @@ LEARNING_RATES: dict[Method, float] = {
     "prefix": 1e-2,
     "prompt": 1e-2,
 }
-LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 @dataclass(kw_only=True)

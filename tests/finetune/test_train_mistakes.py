@@ -11,7 +11,7 @@ import torch
 from finetune import tiny
 
 from fastft import cli
-from fastft.finetune import UserError, run_folder, train
+from fastft.finetune import GenerateConfig, MergeConfig, UserError, run_folder, train
 from fastft.finetune.run_folder import readable
 
 
@@ -108,10 +108,17 @@ def test_mistakes_are_one_sentence_and_leave_nothing(config, shared, tmp_path, c
         assert not (tmp_path / "run").exists(), name
 
 
-def test_a_seed_that_numpy_does_not_take(config):
-    for own in ({"seed": 2**32}, {"seeds": [1, 2**32]}):
-        with pytest.raises(UserError, match="^seeds?: expected at most 4294967295, got 4294967296"):
-            config("classify", **own)
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_not_every_library_takes(config, seed):
+    asked = [
+        lambda: config("classify", seed=seed),
+        lambda: config("classify", seeds=[1, seed]),
+        lambda: GenerateConfig(model="m", seed=seed),
+        lambda: MergeConfig(adapter=["a"], output="o", seed=seed),
+    ]
+    for make in asked:
+        with pytest.raises(UserError, match=f"^seeds?: expected at .*, got {seed}$"):
+            make()
 
 
 def test_a_run_is_not_written_over(config, tmp_path):
