@@ -104,6 +104,21 @@ def test_speculation(llama):
         fastft.generate(full, ids, max_new_tokens=3, speculation=ExitHead(32, 1))
 
 
+def test_seeds(llama):
+    ids = prompt(1, 5)
+    for wrong, error, words in (
+        ("x", TypeError, "seed: expected an int or None, got 'x'"),
+        (1.5, TypeError, "seed: .*1.5"),
+        (True, TypeError, "seed: .*True"),
+        (2**64, ValueError, "seed: expected -2.*18446744073709551616"),
+    ):
+        for call in (fastft.generate, fastft.stream):
+            with pytest.raises(error, match=words):
+                call(llama, ids, max_new_tokens=3, do_sample=True, seed=wrong)
+        with pytest.raises(error, match=words):  # before it is handed over
+            fastft.generate(llama, ids, num_beams=2, max_new_tokens=3, seed=wrong)
+
+
 def test_models_and_arguments(llama):
     for wrong in (None, "gpt2", nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="model: expected a transformers model"):
