@@ -287,8 +287,13 @@ def test_threads():
     assert not failures, failures
 
 
-def test_mask_is_not_built_for_packed_rows():
+def test_mask_is_not_built_for_packed_rows(monkeypatch):
     """Neither a (tokens, tokens) mask nor PyTorch's dense attention: only ours runs."""
     model, inputs = model_of(), batch("right")
+
+    def build(*args, **kwargs):
+        raise AssertionError("a mask was built")
+
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", build)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # PyTorch's own would raise: not on this device
         step(model, inputs)
