@@ -116,7 +116,7 @@ class Patcher:
         self.report.add(module, operator, raw(options), _remark(options))
 
     def recognise(self, module: nn.Module, room: Any) -> Any:
-        """room.recognise, asked once for modules of one class, sizes, settings and configuration."""
+        """room.recognise, asked once for one class, sizes, settings and configuration."""
         config = id(getattr(module, "config", None))
         key = (room.__name__, type(module), config, _settings(module), _sizes(module))
         if key not in self.known:
@@ -215,7 +215,7 @@ def _remark(options: Any) -> str:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What a forward may read of a module beside its weights; of its activations and dropout too."""
+    """What a forward may read beside weights, of a module and of its activations and dropout."""
     own = [
         (name, value)
         for name, value in vars(module).items()

@@ -111,8 +111,7 @@ def switched_off(model: ForeignModule) -> Iterator[None]:
     attending = [
         module
         for module in model.modules()
-        if "_fastft_attention_before" in vars(module)
-        and module.config._attn_implementation == NAME
+        if "_fastft_attention_before" in vars(module) and module.config._attn_implementation == NAME
     ]
     try:
         for record in records:

@@ -6,8 +6,8 @@ import transformers
 from models import batch, causal_lm, with_lora
 
 from fastft.ops.attention import attention
-from fastft.patch import patch, verify
 from fastft.patch import attention as room
+from fastft.patch import patch, verify
 from fastft.patch.confirm import relative
 from fastft.patch.swap import swap_of, switched_off
 
