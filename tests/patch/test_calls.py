@@ -88,6 +88,8 @@ def forms(inputs, model):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     causal = torch.ones(11, 11, dtype=torch.bool).tril()[None, None]
     allowed = causal & mask[:, None, None].bool() | torch.eye(11, dtype=torch.bool)
+    if model.config.model_type == "gemma2":  # eager attention, which adds its mask
+        allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     embeds = model.get_input_embeddings()(ids).detach()
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     return {
