@@ -131,8 +131,8 @@ def test_models_and_arguments(llama):
         fastft.generate(llama, prompt(1, 3), stop_strings=["a"])
 
 
-def test_a_row_of_padding_alone_is_told_by_its_mask(llama):
-    """Without a mask, transformers takes pad tokens in the prompt for padding."""
+def test_pad_tokens_of_a_prompt_without_a_mask_are_padding(llama):
+    """As transformers takes them."""
     ids = prompt(2, 4)
     ids[0, :2] = PAD
     out = fastft.generate(llama, ids, max_new_tokens=4)
