@@ -7,6 +7,7 @@ set. The closing table shows time, memory, the floor where one is counted, and w
 everything works.
 """
 
+import ctypes
 import gc
 import platform
 import statistics
@@ -107,10 +108,22 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _quiet_machine():
+def _same_start():
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+    _settle_heap()
+
+
+def _settle_heap() -> None:
+    """Puts glibc's heap into the state that it has in a process that trains.
+
+    At first a block of 128 KiB is mapped anew by each call and pays a fault per page; once a larger
+    block was freed, blocks up to its size are kept, up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
+    Without this, what ran before would decide the ratios of small operators.
+    """
     gc.collect()
+    torch.empty(2**25 - 2**20, dtype=torch.uint8)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident(field_name: str) -> int:
@@ -121,10 +134,7 @@ def _resident(field_name: str) -> int:
 
 def peak_memory(function: Callable) -> int:
     """Growth of the resident set while `function` runs, in bytes (Linux)."""
-    import ctypes
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _settle_heap()
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # sets the high-water mark back to what is resident now
     before = _resident("VmRSS")

@@ -45,6 +45,7 @@ def _begin(
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise TypeError(f"model: expected a transformers model, got {type(model).__name__}")
     _check_speculation(speculation)
+    _check_seed(seed)
     inner = inner_model(model)
     if kwargs.get("return_dict_in_generate") is None and (
         kwargs.get("output_scores") or kwargs.get("output_logits")
@@ -96,6 +97,15 @@ def _check_speculation(speculation: Any) -> None:
             raise TypeError(f"speculation: {wanted}, got {type(speculation).__name__}")
     elif speculation is not None:
         raise TypeError(f"speculation: {wanted}, got {type(speculation).__name__}")
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or None, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:  # what PyTorch's generators take
+        raise ValueError(f"seed: expected -2**63 to 2**64 - 1, got {seed}")
 
 
 def _per_row(model: ForeignModule, names: Any, prepared: Prepared) -> list[str]:

@@ -186,9 +186,9 @@ def _gpt2_layer(block: ForeignModule, how: Reading) -> DecoderLayer:
 def draws_dropout(model: nn.Module) -> bool:
     for module in model.modules():
         if module.training:
-            rate = module.p if isinstance(module, nn.Dropout) else None
-            rate = vars(module).get("attention_dropout") if rate is None else rate
-            if isinstance(rate, float) and rate > 0:
+            rates = [v for name, v in vars(module).items() if "dropout" in name]
+            rates += [module.p] if isinstance(module, nn.Dropout) else []
+            if any(isinstance(rate, float) and rate > 0 for rate in rates):
                 return True
     return False
 

@@ -5,6 +5,7 @@ hands it to the callable: its documented extension point. What the loop does not
 here, with the reason.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,7 @@ def prepare(
     if own and getattr(own, "__func__", None) is not type(model).prepare_inputs_for_generation:
         # PEFT puts its virtual tokens in there while it calls the model's generate.
         raise HandOver("prepare_inputs_for_generation was replaced on this instance")
-    kwargs = _stop_strings(model, generation_config, kwargs)
-    if "_config" in kwargs:
-        generation_config = kwargs.pop("_config")
+    generation_config, kwargs = _stop_strings(model, generation_config, kwargs)
     if "input_ids" in kwargs and inputs is None:
         inputs = kwargs.pop("input_ids")
     asked = kwargs.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
@@ -162,21 +161,28 @@ def prepare(
     )  # fmt: skip
 
 
-def _stop_strings(model: ForeignModule, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _stop_strings(
+    model: ForeignModule, config: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """generate gives a callable no tokenizer, so the criterion for stop strings is made here."""
     tokenizer = kwargs.pop("tokenizer", None)
     strings = kwargs.pop("stop_strings", None)
-    held = config if config is not None else model.generation_config
-    if strings is None and held.stop_strings is not None:
-        strings = held.stop_strings
-        kwargs["_config"] = type(held).from_dict(held.to_dict() | {"stop_strings": None})
+    of_call = getattr(config, "stop_strings", None)
+    of_model = model.generation_config.stop_strings
     if strings is None:
-        return kwargs
+        strings = of_model if of_call is None else of_call
+    if strings is None:
+        return config, kwargs
     if tokenizer is None:
         raise ValueError("tokenizer: expected the model's tokenizer, which stop_strings need")
     criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
     criteria.append(StopStringCriteria(tokenizer, strings))
-    return kwargs | {"stopping_criteria": criteria}
+    if of_call is not None:
+        config = copy.copy(config)
+        config.stop_strings = None
+    # The model's own would come back into a configuration without any, but not past a keyword.
+    cleared = {} if of_model is None else {"stop_strings": None}
+    return config, kwargs | cleared | {"stopping_criteria": criteria}
 
 
 def _check_ids(model: ForeignModule, inputs: Any) -> None:

@@ -28,6 +28,8 @@ from typing import (
 
 from fastft.finetune import UserError
 
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
+
 
 def option(
     default: Any = MISSING,

@@ -37,8 +37,9 @@ def read_alpaca(path: Path) -> list[dict[str, str]]:
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: expected a JSON array of records that is not empty")
     for number, record in enumerate(records):
-        for key in ("instruction", "output"):
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        for key in ("instruction", "output", "input"):
+            held = record.get(key) if isinstance(record, dict) else None
+            if not isinstance(held, str) and (key != "input" or held is not None):
                 raise UserError(f"{path}: record {number}: expected a text under {key!r}")
     return records
 

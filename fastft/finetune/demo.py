@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.finetune import UserError, assets, data, demo_report, floor, fresh
+from fastft.finetune import (
+    UserError,
+    assets,
+    data,
+    demo_report,
+    floor,
+    fresh,
+    loading,
+    methods,
+    vocabulary,
+)
 from fastft.foreign import ForeignModule
 
 LEARNING_RATE = 5e-4
@@ -70,10 +80,10 @@ def local(settings: Settings) -> Settings:
 
 def load_task(settings: Settings) -> Task:
     """The same batches in every process, from `local` settings alone."""
-    from transformers import AutoTokenizer
-
     records = data.read_alpaca(Path(settings.data))
-    tokenizer = _from_hub(AutoTokenizer, settings.model)
+    tokenizer = loading.load_tokenizer(settings.model)
+    rows = (data.encode(record, tokenizer).ids for record in records)
+    vocabulary.check(rows, tokenizer, loading.embedded(settings.model))
     trained = settings.steps * settings.batch
     chosen = []
     for index in data.shuffled(len(records), settings.seed):
@@ -98,11 +108,10 @@ def load_task(settings: Settings) -> Task:
 
 def load_base(settings: Settings) -> ForeignModule:
     """The frozen model, in float32: what a CPU is fastest in."""
-    from transformers import AutoModelForCausalLM
-
-    return _from_hub(
-        AutoModelForCausalLM, settings.model, dtype=torch.float32, use_safetensors=True
-    )
+    model: ForeignModule = loading.load_model(settings.model, "lm")
+    if methods.is_adapter(model):
+        raise UserError(f"{settings.model}: an adapter; the demo trains its own, so merge it first")
+    return model
 
 
 def load_lora(settings: Settings) -> ForeignModule:
@@ -113,15 +122,6 @@ def load_lora(settings: Settings) -> ForeignModule:
     base = load_base(settings)
     torch.manual_seed(settings.seed)
     return get_peft_model(base, config).train()
-
-
-def _from_hub(kind: Any, name: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        # transformers' own first sentence says what it was: no such name, no network, no such file.
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {name!r} from a folder or the hub: {reason}") from None
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -155,9 +155,9 @@ def check(row: Row, format: str) -> None:
 def messages_of(row: Row, format: str) -> list[dict[str, Any]]:
     """The turns of a row of a chat format, [{"role", "content"}, …]; raises Unfit."""
     if format == "alpaca":
-        instruction = _text(row.get("instruction"), "instruction")
-        asked = data.question({"instruction": instruction, "input": row.get("input") or ""})
-        turns = [_turn("user", asked), _turn("assistant", row.get("output"))]
+        asked = {"instruction": _text(row.get("instruction"), "instruction")}
+        asked["input"] = _text(row.get("input") or "", "input")
+        turns = [_turn("user", data.question(asked)), _turn("assistant", row.get("output"))]
     elif format == "prompt-completion":
         turns = _side(row.get("prompt"), "user") + _side(row.get("completion"), "assistant")
     else:
@@ -238,7 +238,7 @@ def _turns(value: Any) -> list[dict[str, Any]]:
         if not isinstance(turn, dict):
             raise Unfit("a turn is not an object")
         role = turn.get("role") or turn.get("from")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise Unfit(f"a turn of none of {', '.join(ROLES)}")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         if content is None and turn.get("tool_calls"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastft.finetune import UserError, adapters, loading, methods, need, table
 from fastft.finetune.assets import say
-from fastft.finetune.config import Config, option
+from fastft.finetune.config import LARGEST_SEED, Config, option
 from fastft.finetune.run_folder import RunFolder, new_folder
 from fastft.foreign import ForeignModule
 
@@ -43,7 +43,7 @@ class MergeConfig(Config):
     tolerance: float | None = option(
         None, "relative difference of logits that is accepted; default: by dtype", above=0.0
     )
-    seed: int = option(0, "the tokens of the check are drawn by it")
+    seed: int = option(0, "the tokens of the check are drawn by it", least=0, most=LARGEST_SEED)
 
     def check(self) -> None:
         if not self.adapter:

@@ -109,8 +109,9 @@ class Source:
 def prepare(config: PrepareConfig) -> PrepareResult:
     """Makes config.output of config.data, prints a table of what became of the rows.
 
-    Raises: UserError for data that cannot be read or has no such column, where no row is left or
-    all have one label, for an output that exists, and for a full disk: then nothing is written.
+    Raises: UserError for data that cannot be read or has no such column, where no row is left,
+    labels are of two kinds or all the same, for an output that exists or is being made, and for a
+    full disk: then nothing is written.
     """
     output = Path(config.output).expanduser()
     if os.path.lexists(output):
@@ -233,15 +234,16 @@ def _check_kept(config: PrepareConfig, kept: Kept, dropped: Counter[str]) -> Non
     if not len(kept):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         raise UserError(f"{config.data}: no row is left ({why}); nothing was written")
+    for pair in (("one", "list"), ("name", "number")):
+        found = [first for kind, first in kept.kinds.items() if kind in pair]
+        if len(found) == 2:
+            told = (f"{label!r:.60} (row {place.row} of {place.file})" for label, place in found)
+            raise UserError(
+                f"{config.data}: the labels {' and '.join(told)} cannot be read as one column; "
+                "nothing was written"
+            )
     labels = set(kept.labels)
-    names = {one for held in labels for one in held if isinstance(one, str)}
-    numbers = {one for held in labels for one in held} - names
-    if names and numbers:
-        raise UserError(
-            f"{config.data}: some labels are names and some numbers, such as {min(names)!r} and "
-            f"{min(numbers)!r}, which cannot be read as one column; nothing was written"
-        )
-    if len(labels) == 1 and len(only := labels.pop()) == 1 and kept.labelled:
+    if len(labels) == 1 and len(only := labels.pop()) == 1 and "one" in kept.kinds:
         raise UserError(
             f"{config.data}: every row has the label {only[0]!r}, and there is nothing to learn "
             "from one; nothing was written"

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastft.finetune import UserError, likelihood, metrics
-from fastft.finetune.reading import column
+from fastft.finetune import UserError, likelihood, metrics, vocabulary
+from fastft.finetune.reading import among, column
 from fastft.finetune.serving import Prompts, prompts_of
 from fastft.finetune.tasks import classify
+from fastft.foreign import ForeignModule
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +41,8 @@ def measure(
     held = labelled(config, dataset)
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
-        return _with_label(_with_text(config, row), held, _word(config, held, dataset, row))
+        whole = _with_text(config, row, config.examples)
+        return _with_label(whole, held, _word(config, held, dataset, row))
 
     prompts = prompts_of(config, held.rows, tokenizer, named)
     answers = [
@@ -83,7 +85,7 @@ def labelled(config: Any, dataset: "Dataset") -> Labelled:
         if name not in names:
             raise UserError(f"row {number}: the label {name!r} is none of {', '.join(names)}")
         held.labels.append(names.index(name))
-        held.rows.append(_with_label(_with_text(config, row), held, words[held.labels[-1]]))
+        held.rows.append(_with_label(_with_text(config, row, "data"), held, words[held.labels[-1]]))
     return held
 
 
@@ -101,9 +103,11 @@ def _word(config: Any, held: Labelled, dataset: "Dataset", row: dict[str, Any]) 
     return held.words[held.names.index(name)]
 
 
-def _with_text(config: Any, row: dict[str, Any]) -> dict[str, Any]:
+def _with_text(config: Any, row: dict[str, Any], where: str) -> dict[str, Any]:
     """Templates find the text under `text`, whatever its column is called."""
-    return row | ({} if config.text_column is None else {"text": row[config.text_column]})
+    if config.text_column is None:
+        return row
+    return row | {"text": row[among(row, config.text_column, where)]}
 
 
 def _with_label(row: dict[str, Any], held: Labelled, word: str) -> dict[str, Any]:
@@ -130,14 +134,25 @@ def _content_free(
 
 
 def _score(
-    config: Any, model: nn.Module, prompts: Prompts, texts: list[str], answers: Sequence[list[str]]
+    config: Any,
+    model: ForeignModule,
+    prompts: Prompts,
+    texts: list[str],
+    answers: Sequence[list[str]],
 ) -> Tensor:
     from tqdm import tqdm
 
+    ids = prompts.prompter.ids
+    rows = (
+        [token for answer in own for token in ids(text + answer)]
+        for text, own in zip(texts, answers, strict=True)
+    )
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    vocabulary.check(rows, prompts.prompter.tokenizer, known)
     with tqdm(total=len(texts), desc="prompts", disable=None) as bar:
         return likelihood.score(
             model,
-            prompts.prompter.ids,
+            ids,
             texts,
             answers,
             batch_size=config.batch_size,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastft.finetune import UserError, need
-from fastft.finetune.config import Config, option
+from fastft.finetune.config import LARGEST_SEED, Config, option
 
 # Name -> the question, and the answer that follows it in an example.
 TEMPLATES = {
@@ -58,7 +58,7 @@ class PromptConfig(Config):
         "which examples: the first, drawn by the seed for each question, or the most similar ones "
         "(TF-IDF), the nearest last",
     )
-    seed: int = option(0, "examples and samples are drawn by it")
+    seed: int = option(0, "examples and samples are drawn by it", least=0, most=LARGEST_SEED)
 
     def check(self) -> None:
         if self.shots and self.examples is None:
@@ -107,7 +107,7 @@ class Prompter:
     def question(self, row: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] = ()) -> str:
         """The template with the row's values."""
         if self.conversations:
-            return json.dumps(_asked(row["messages"]), sort_keys=True)
+            return json.dumps(_asked(row.get("messages")), sort_keys=True)
         return _render(self._question, "template", row, examples=list(examples))
 
     def answer(self, row: Mapping[str, Any]) -> str:
@@ -144,7 +144,7 @@ class Prompter:
         if self.conversations:
             for example in examples:
                 messages += example["messages"]
-            messages += _asked(row["messages"])
+            messages += _asked(row.get("messages"))
         else:
             for example in examples:
                 messages.append({"role": "user", "content": self.question(example)})
@@ -269,8 +269,10 @@ def _render(template: Any, name: str, row: Mapping[str, Any], **more: Any) -> st
         raise UserError(f"{name}: {said}") from None
 
 
-def _asked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _asked(messages: Any) -> list[Mapping[str, Any]]:
     """A conversation up to what the model is to say next."""
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise UserError(f"messages: expected a list of turns, got {messages!r:.60}")
     asked = list(messages)
     while asked and asked[-1].get("role") == "assistant":
         asked.pop()

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -200,18 +200,55 @@ def sync(folder: Path) -> None:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder beside output that becomes output when the block ends well, or is gone."""
+    """A folder beside output that becomes output when the block ends well, or is gone.
+
+    What a process that was killed has left of it is cleared away.
+    Raises: UserError where another process is making output.
+    """
     target = Path(output).expanduser()
     with readable(str(output), "; nothing was written"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=PARTIAL, dir=target.parent, ignore_cleanup_errors=True
-        ) as aside:
-            part = Path(aside) / target.name
+        with _locked(target.parent / f"{PARTIAL}{target.name}") as aside:
+            part = aside / target.name
+            if part.exists():
+                shutil.rmtree(part)
             part.mkdir()
-            yield part
-            sync(part)
-            os.rename(part, target)
+            try:
+                yield part
+                sync(part)
+                os.rename(part, target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """A folder for this process alone, gone after the block.
+
+    The lock is on a file in it: the system takes it from a process that ends, however it does.
+    """
+    import fcntl  # which not every system has
+
+    folder.mkdir(exist_ok=True)
+    mark = folder / f"{folder.name}.lock"
+    with open(mark, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another process is making it") from None
+        except OSError:  # a file system without locks
+            if any(path != mark for path in folder.iterdir()):
+                told = f"{folder} is in use, or was left by a process that was killed: remove it"
+                raise OSError(errno.EBUSY, told) from None
+        # The process before may have ended, and removed the file, since it was opened here.
+        if not os.path.samestat(os.stat(mark), os.fstat(lock.fileno())):
+            raise OSError(errno.EBUSY, "another process is making it")
+        try:
+            yield folder
+        finally:
+            mark.unlink(missing_ok=True)
+            with suppress(OSError):  # another process is in it already
+                folder.rmdir()
 
 
 @contextmanager

@@ -37,11 +37,12 @@ class Place:
 class Kept:
     """What stays in memory of the rows that stay, in the order in which they were read."""
 
-    labelled: bool = False  # each with one label, rather than any number
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  # in characters
     labels: list[tuple[Any, ...]] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     firsts: "array[int]" = field(default_factory=lambda: array("q"))  # a row it repeats, or itself
+    # By what a label is, "one" or "list" and "name" or "number": the first of them, and where.
+    kinds: dict[str, tuple[Any, Place]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,7 +84,6 @@ class Sieve:
         self._seen = Duplicates(rules.near)
         # One object for all rows of the same labels.
         self._labels: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        kept.labelled = rules.target == "text-label"
 
     def take(self, row: Row, place: Place) -> Row:
         """The row as it is to be written, its numbers added to what is kept; raises Drop."""
@@ -114,8 +114,8 @@ class Sieve:
         kept.firsts.append(number)
         for match in matches:
             kept.join(number, match.of)
-        if target == "text-label" and isinstance(row["label"], list):
-            kept.labelled = False
+        for kind in _kinds(row["label"]) if target == "text-label" else ():
+            kept.kinds.setdefault(kind, (row["label"], place))
         return row
 
     def _clean(self, text: str) -> str:
@@ -125,3 +125,9 @@ class Sieve:
         if self._rules.target == "prompt-completion" or not self._rules.strip:
             return repaired  # the space before a completion is a part of its first token
         return repaired.strip()
+
+
+def _kinds(label: Any) -> list[str]:
+    several = isinstance(label, list)
+    kinds = ["name" if isinstance(o, str) else "number" for o in (label if several else [label])]
+    return ["list" if several else "one", *kinds]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastft.finetune import UserError, need
-from fastft.finetune.config import Config, option
+from fastft.finetune.config import LARGEST_SEED, Config, option
 
 # Learning rates that people start from: the fewer weights a method trains, the larger. How six of
 # them do on MiniLM and 800 reviews: `python -m bench.workflows --only sentiment`. There prompt had
@@ -145,9 +145,11 @@ class TrainConfig(Config):
     )
     best: bool = option(True, help="end with the best checkpoint rather than the last")
     folds: int = option(0, least=0, help="k-fold cross-validation; 0: none")
-    seed: int = option(0, least=0, help="new weights, dropout and order are drawn by it")
+    seed: int = option(
+        0, least=0, most=LARGEST_SEED, help="new weights, dropout and order are drawn by it"
+    )
     seeds: list[int] | None = option(
-        None, least=0, help="one run for each, with mean and deviation"
+        None, least=0, most=LARGEST_SEED, help="one run for each, with mean and deviation"
     )
     resume: bool = option(False, help="go on with the run in the output folder")
     dry_run: bool = option(False, help="show settings, examples and estimates; train nothing")

@@ -135,7 +135,9 @@ def restore(model: nn.Module) -> list[str]:
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, QuantizedLinear):
                 continue
-            rounded = layer.origin is None and not layer.replaced.weight.numel()
+            weight = layer.replaced.weight
+            gone = weight.is_meta or not weight.numel()
+            rounded = layer.origin is None and gone
             setattr(parent, name, layer.restored())
             counts[list(counts)[rounded]] += 1
     return [f"weights of {n} layers {how}" for how, n in counts.items() if n]

@@ -8,7 +8,7 @@ left alone and reported with its difference, so a new release of a model cannot 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -59,18 +59,36 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 
 def stand_in(module: nn.Module, parameters: dict[str, Any], children: dict[str, Any]) -> nn.Module:
-    """An instance of the module's class with other parameters and children, and no hooks."""
-    # Not copy.copy: FSDP's classes make their instances by calling __init__.
-    other = object.__new__(type(module))
-    other.__dict__.update(module.__dict__)
+    """An instance of the module's class with other parameters and children, and no hooks.
+
+    It trains, and so do children without weights: dropout must show, also where a model that is
+    patched in evaluation mode is trained later.
+    """
+    other = _training(module)
     for name, value in list(other.__dict__.items()):
         if name.endswith("_hooks") and isinstance(value, dict):
             other.__dict__[name] = type(value)()
     other.__dict__.pop("forward", None)
     other.__dict__.pop("_fastft_swap", None)
     other.__dict__["_parameters"] = dict(parameters)
-    other.__dict__["_modules"] = dict(children)
+    other.__dict__["_modules"] = {
+        name: _training(child) if is_weightless(child) else child
+        for name, child in children.items()
+    }
     return other
+
+
+def _training(module: nn.Module) -> nn.Module:
+    """A copy, in training mode, that shares what the module holds."""
+    # Not copy.copy: FSDP's classes make their instances by calling __init__.
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, training=True)
+    return other
+
+
+def is_weightless(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    """Whether it has neither parameters nor children, as activations and dropout have none."""
+    return module is not None and not module._parameters and not module._modules
 
 
 def difference(

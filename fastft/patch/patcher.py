@@ -1,5 +1,6 @@
 """One walk over a model: what is recognised and confirmed is swapped, and all of it reported."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,14 +20,14 @@ from fastft.patch import (
     own_head,
     padding,
 )
-from fastft.patch.confirm import Unlike, unhooked
+from fastft.patch.confirm import Unlike, is_weightless, unhooked
 from fastft.patch.pretrained import is_pretrained
 from fastft.patch.report import Report
 from fastft.patch.swap import has_own_forward, swap, swap_of, undo
 
 
 class Patcher:
-    """One walk over a model. What is recognised once per class and size is not tried again."""
+    """One walk over a model. Modules that only their weights tell apart are tried once."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -115,11 +116,9 @@ class Patcher:
         self.report.add(module, operator, raw(options), _remark(options))
 
     def recognise(self, module: nn.Module, room: Any) -> Any:
-        """room.recognise, asked once for modules of one class, sizes and settings."""
-        settings = tuple(
-            (k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str, bool))
-        )
-        key = (room.__name__, type(module), settings, _sizes(module))
+        """room.recognise, asked once for one class, sizes, settings and configuration."""
+        config = id(getattr(module, "config", None))
+        key = (room.__name__, type(module), config, _settings(module), _sizes(module))
         if key not in self.known:
             try:
                 with unhooked(module):
@@ -213,6 +212,21 @@ def _attends(module: nn.Module) -> bool:
 
 def _remark(options: Any) -> str:
     return getattr(options, "remark", "")
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What a forward may read beside weights, of a module and of its activations and dropout."""
+    own = [
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, bool)) or inspect.isroutine(value)
+    ]
+    parts = [
+        (name, type(child), _settings(child))
+        for name, child in module._modules.items()
+        if is_weightless(child)
+    ]
+    return *own, *parts
 
 
 def _sizes(module: nn.Module) -> tuple[Any, ...]:

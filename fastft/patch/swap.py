@@ -103,16 +103,27 @@ def undo(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
+def switched_off(model: ForeignModule) -> Iterator[None]:
     """Runs the original computation inside the block, then the patched one again."""
+    from fastft.patch.attention import NAME  # a file that imports this one
+
     records = [r for r in map(swap_of, model.modules()) if r is not None and r.active]
+    attending = [
+        module
+        for module in model.modules()
+        if "_fastft_attention_before" in vars(module) and module.config._attn_implementation == NAME
+    ]
     try:
         for record in records:
             record.active = False
+        for module in attending:
+            module.config._attn_implementation_internal = module._fastft_attention_before
         yield
     finally:
         for record in records:
             record.active = True
+        for module in attending:
+            module.config._attn_implementation_internal = NAME
 
 
 def is_hooked(module: nn.Module) -> bool:

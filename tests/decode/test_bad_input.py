@@ -104,6 +104,21 @@ def test_speculation(llama):
         fastft.generate(full, ids, max_new_tokens=3, speculation=ExitHead(32, 1))
 
 
+def test_seeds(llama):
+    ids = prompt(1, 5)
+    for wrong, error, words in (
+        ("x", TypeError, "seed: expected an int or None, got 'x'"),
+        (1.5, TypeError, "seed: .*1.5"),
+        (True, TypeError, "seed: .*True"),
+        (2**64, ValueError, "seed: expected -2.*18446744073709551616"),
+    ):
+        for call in (fastft.generate, fastft.stream):
+            with pytest.raises(error, match=words):
+                call(llama, ids, max_new_tokens=3, do_sample=True, seed=wrong)
+        with pytest.raises(error, match=words):  # before it is handed over
+            fastft.generate(llama, ids, num_beams=2, max_new_tokens=3, seed=wrong)
+
+
 def test_models_and_arguments(llama):
     for wrong in (None, "gpt2", nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="model: expected a transformers model"):
@@ -116,8 +131,8 @@ def test_models_and_arguments(llama):
         fastft.generate(llama, prompt(1, 3), stop_strings=["a"])
 
 
-def test_a_row_of_padding_alone_is_told_by_its_mask(llama):
-    """Without a mask, transformers takes pad tokens in the prompt for padding."""
+def test_pad_tokens_of_a_prompt_without_a_mask_are_padding(llama):
+    """As transformers takes them."""
     ids = prompt(2, 4)
     ids[0, :2] = PAD
     out = fastft.generate(llama, ids, max_new_tokens=4)

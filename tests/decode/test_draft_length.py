@@ -209,14 +209,17 @@ def test_one_slow_step_does_not_make_its_width_dear():
 def test_choosing_costs_little_beside_a_step():
     lengths = DraftLength()
     decode(lengths, 300, lambda *_: 0.6, cpu, rows=8)
-    start = time.process_time()
-    for _ in range(200):
-        lengths.choose([(row, 8, 0) for row in range(8)])
-        lengths.observe_step(8, cpu(8))
-        for row in range(8):
-            lengths.observe(row, 4, 2)
-    # 20 microseconds a row are the aim; the machine may be busy.
-    assert (time.process_time() - start) / 1600 < 100e-6
+    spent = []
+    for _ in range(20):
+        start = time.process_time()
+        for _ in range(10):
+            lengths.choose([(row, 8, 0) for row in range(8)])
+            lengths.observe_step(8, cpu(8))
+            for row in range(8):
+                lengths.observe(row, 4, 2)
+        spent.append(time.process_time() - start)
+    # 20 microseconds a row are the aim; the least of many times, as the machine may be busy.
+    assert min(spent) / 80 < 100e-6
 
 
 def test_losses_are_bounded_where_the_estimate_is_wrong():

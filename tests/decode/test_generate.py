@@ -100,14 +100,14 @@ ASKED = {
     "min_length": {"min_length": 14, "max_new_tokens": 14},
     "repetition_penalty": {"repetition_penalty": 1.7},
     "no_repeat_ngram": {"no_repeat_ngram_size": 2},
-    "bad_words": {"bad_words_ids": [[5], [7, 8], [33]]},
+    "bad_words": {"bad_words_ids": [[62], [13, 28], [96, 96]]},
     "suppress": {"suppress_tokens": list(range(10, 60)), "begin_suppress_tokens": [70, 71]},
     "forced_eos": {"forced_eos_token_id": 9},
     "forced_bos": {"forced_bos_token_id": 9},
     "sequence_bias": {"sequence_bias": [[[5], 3.0], [[7, 8], 5.0]]},
     "prefix": {"prefix_allowed_tokens_fn": only_even},
     "encoder_penalty": {"encoder_repetition_penalty": 1.5},
-    "encoder_ngram": {"encoder_no_repeat_ngram_size": 2},
+    "encoder_ngram": {"encoder_no_repeat_ngram_size": 1},
     "guidance": {"guidance_scale": 1.5},
     "decay": {"exponential_decay_length_penalty": (3, 1.3)},
     "config": {"generation_config": GenerationConfig(
@@ -131,10 +131,16 @@ def test_asked(llama, asked):
     kwargs = dict(ASKED[asked])
     if "max_length" not in kwargs and asked != "config":
         kwargs.setdefault("max_new_tokens", 12)
-    before = llama.generation_config.to_dict()
-    given = {**kwargs, "eos_token_id": 28} if asked != "config" else kwargs
-    same(llama, padded([7, 4]), **given)
-    same(llama, {"input_ids": prompt(1, 8)}, **kwargs)
+    plain = {"max_new_tokens": kwargs.get("max_new_tokens", 12)}
+    plain["do_sample"] = kwargs.get("do_sample", False)
+    ends = {} if asked == "config" else {"eos_token_id": 28}
+    width = 1 if asked == "forced_bos" else 8  # it is for prompts of one token
+    before, changes = llama.generation_config.to_dict(), []
+    for x, more in ((padded([7, 4]), ends), ({"input_ids": prompt(1, width)}, {})):
+        ours, _ = same(llama, x, **kwargs, **more)
+        torch.manual_seed(5)
+        changes.append(ours.sequences.tolist() != llama.generate(**x, **plain, **more).tolist())
+    assert any(changes), "what is asked for makes no difference here"
     assert llama.generation_config.to_dict() == before
 
 

@@ -6,6 +6,7 @@ from decoders import VOCABULARY, padded, prompt, tiny
 from transformers import (
     GraniteConfig,
     MambaConfig,
+    SeedOssConfig,
     T5Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -130,6 +131,19 @@ def test_hooks_and_own_forwards_are_not_passed_over():
     assert not torch.equal(same(model, x, "forward", max_new_tokens=8).sequences, plain)
     del own.forward
     assert torch.equal(fastft.generate(model, x, max_new_tokens=8).sequences, plain)
+
+
+def test_dropout_that_is_no_module():
+    """In evaluation mode the step computes the model, and that stays known."""
+    config = SeedOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+        attention_dropout=0.0, residual_dropout=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert fastft.generate(model, prompt(1, 4), max_new_tokens=3).stats.path == "decoder_layer"
+    same(model.train(), padded([6, 3]), "training mode with dropout", max_new_tokens=6)
 
 
 def test_dropout_in_training_mode():

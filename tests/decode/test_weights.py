@@ -81,6 +81,20 @@ def test_a_changed_weight_is_stored_anew():
     assert held.stored.values.data_ptr() == place
 
 
+def test_generate_sees_a_changed_weight():
+    model, ids = llama(), torch.randint(2, 96, (2, 9))
+
+    def tokens(model):
+        return fastft.generate(model, ids, max_new_tokens=12, do_sample=False).sequences
+
+    store(model, "int8")
+    before = tokens(model)
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(-1.5)
+    after, fresh = tokens(model), copy.deepcopy(model)
+    store(fresh, "int8")
+    assert torch.equal(after, tokens(fresh)) and not torch.equal(after, before)
+
+
 def test_patch_stores_and_unpatch_forgets():
     model, ids = llama(), torch.randint(2, 96, (1, 9))
     kept = {name: value.clone() for name, value in model.state_dict().items()}

@@ -110,3 +110,12 @@ def test_a_source_distribution_is_read_too(tmp_path):
         source.add(file, "tiny-1.0/data/x.json")
     assets._extract(archive, "tiny-1.0/data/x.json", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "[]"
+
+
+def test_nothing_is_unpacked_outside_of_its_folder(tmp_path):
+    archive = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr("tiny/../../../evil", "")
+    with pytest.raises(UserError, match="which leads out of its folder"):
+        assets._extract(archive, "tiny/", tmp_path / "cache" / "out")
+    assert entries(tmp_path) == [archive.name]

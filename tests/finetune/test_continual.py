@@ -212,10 +212,11 @@ def test_fisher_is_the_formula(shared):
                     wanted[name] += gradient**2
         assert [named[id(w)] for w, _ in found] == list(trained)
         assert model.training is False and all(w.grad is None for w in model.parameters())
-        largest = max(w.max() for w in wanted.values()) / items
+        largest = max(w.norm() for w in wanted.values())
         for (_, own), name in zip(found, trained, strict=True):
-            off = (own.double() - wanted[name] / items).abs().max()
-            assert off < 1e-4 * largest, (task, name)
+            off = (own.double() * items - wanted[name]).norm()
+            # What is zero but for rounding, as of a bias that softmax takes out, has no share.
+            assert off < 1e-3 * wanted[name].norm() + 1e-8 * largest, (task, name)
 
 
 def test_drawn_labels_give_the_fisher_of_the_model():
@@ -373,9 +374,10 @@ def test_mistakes_are_one_sentence(shared, old, settings, tmp_path):
         ({"adapter_name": "../a", "method": "lora"}, "no folder's name"),
         ({"adapter_name": "a", "method": "lora", "distill": 1.0}, "forgets nothing"),
     ]:
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as raised:
             asked(**own)
-    with pytest.raises(UserError, match="no such file|no file"):
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="none.jsonl: no such file"):
         train(asked(replay=0.5, old_data=[str(tmp_path / "none.jsonl")]))
     with pytest.raises(UserError, match="old_data: .*labelled.jsonl"):
         tiny.save_rows(tmp_path / "labelled.jsonl", [{"words": "a"}])
@@ -392,7 +394,6 @@ def test_what_is_evaluated_is_the_task_alone(shared, old, settings, tmp_path):
         settings(tmp_path / "run", model=str(old), data=new, validation_data=new, steps=8,
                  distill=100.0)
     )  # fmt: skip
-    log = json.loads((run.folder / "log.json").read_text())
-    assert max(e["loss"] for e in log if "loss" in e) > 20
+    assert max(tiny.losses(run.folder)) > 20
     held = loss_on(run.folder, shared / "new.jsonl")
     assert run.metrics["validation"]["loss"] == pytest.approx(held, rel=0.05)

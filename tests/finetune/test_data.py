@@ -29,15 +29,15 @@ def test_without_a_chat_template():
     assert "### Response:" in data.prompt_of(RECORD, tokenizer)
     example = data.encode(RECORD, tokenizer)
     learned = [i for i in example.labels if i != data.IGNORED]
-    assert tokenizer.decode(learned).endswith("word5</s>") or learned[0] == 9
+    assert tokenizer.convert_ids_to_tokens(learned) == ["word4", "word5", "</s>"]
 
 
 def test_a_template_that_rewrites_earlier_turns():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% if add_generation_prompt %}<s> user {% else %}</s> {% endif %}"
     example = data.encode(RECORD, tokenizer)
-    assert [i for i in example.labels if i != data.IGNORED]
-    assert "word4" in tokenizer.decode([i for i in example.labels if i != data.IGNORED])
+    learned = [i for i in example.labels if i != data.IGNORED]
+    assert tokenizer.convert_ids_to_tokens(learned) == ["word4", "word5", "</s>"]
 
 
 def test_collate_pads_to_the_longest():
@@ -61,6 +61,7 @@ def test_order_depends_on_the_seed_alone():
         ('{"instruction": "a"}', "expected a JSON array"),
         (json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a"}]), "record 1"),
         (json.dumps(["a"]), "record 0"),
+        (json.dumps([RECORD | {"input": 5}]), "record 0: expected a text under 'input'"),
     ],
 )
 def test_bad_files_are_told(tmp_path, content, message):

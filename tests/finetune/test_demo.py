@@ -1,14 +1,16 @@
 """The demo end to end on a tiny model, and its parts."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from finetune import tiny
 
-from fastft.finetune import UserError, demo, demo_report, floor
+from fastft.finetune import UserError, data, demo, demo_report, floor
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,6 @@ def test_end_to_end(settings, capsys):
 
 def test_the_saved_adapter_is_the_trained_one(settings):
     """The fresh process must see the loss that the trained model has here."""
-    from fastft.finetune import data
-
     task, model = demo.load_task(settings), demo.load_lora(settings)
     demo.train({"eager": model}, task.batches)
     batch = data.collate([data.encode(r, task.tokenizer) for r in task.held_out], 2)
@@ -68,16 +68,39 @@ def test_both_sides_get_the_same_weights_and_batches(settings):
 
 def test_held_out_records_are_not_trained_on(settings):
     task = demo.load_task(settings)
-    asked = {r["instruction"] for r in task.held_out}
-    seen = task.tokenizer.batch_decode(torch.cat([b["input_ids"].flatten() for b in task.batches]))
-    assert task.held_out and asked.isdisjoint(seen)
+    decode = task.tokenizer.batch_decode
+    texts = [text for batch in task.batches for text in decode(batch["input_ids"])]
+    trained = {text.removeprefix("<s> user ").partition(" </s>")[0] for text in texts}
+    asked = {record["instruction"] for record in task.held_out}
+    known = {record["instruction"] for record in data.read_alpaca(settings.data)}
+    assert len(trained) == 6 and len(asked) == 3 and trained | asked <= known
+    assert trained.isdisjoint(asked)
+
+
+def test_a_token_that_the_model_has_no_embedding_for(settings, tmp_path):
+    """As padding it is replaced, in a text it is a mistake."""
+    asked = replace(settings, model=str(shutil.copytree(settings.model, tmp_path / "model")))
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<turn>"})
+    tokenizer.save_pretrained(asked.model)
+    assert all(batch["input_ids"].max() < 65 for batch in demo.load_task(asked).batches)
+    tokenizer.chat_template = f"<turn> {tiny.TEMPLATE}"
+    tokenizer.save_pretrained(asked.model)
+    with pytest.raises(UserError, match="row 0: the token '<turn>' is none of the model's 65"):
+        demo.load_task(asked)
 
 
 def test_too_little_data_is_told(settings):
     with pytest.raises(UserError, match="100 steps of 3 examples"):
-        demo.load_task(demo.Settings(**{**vars(settings), "steps": 100}))
+        demo.load_task(replace(settings, steps=100))
     with pytest.raises(UserError, match="at most 1 tokens"):
-        demo.load_task(demo.Settings(**{**vars(settings), "longest": 1}))
+        demo.load_task(replace(settings, longest=1))
+
+
+def test_an_adapter_is_no_model_to_add_one_to(settings, tmp_path):
+    demo.load_lora(settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter: an adapter; .* merge it first"):
+        demo.load_lora(replace(settings, model=str(tmp_path / "adapter")))
 
 
 def test_a_name_that_is_nowhere_is_told(settings, monkeypatch):

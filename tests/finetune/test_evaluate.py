@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ TRAINED = [("the film is good", "pos"), ("the film is bad", "neg"), ("great", "p
 
 
 def lines(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(tiny.save_rows(path, rows))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,32 @@ def encoder(tmp_path_factory):
     return folder
 
 
+def biased(kind, encoder, folder, bias: dict[str, float]) -> str:
+    """A model with the fixture's base whose head says its bias, by the class, of every text."""
+    names = dict(enumerate(bias))
+    model = kind.from_pretrained(
+        encoder / "base", id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor(list(bias.values())))
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(encoder / "base").save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     return str(tiny.save_model(tmp_path_factory.mktemp("decoder")))
+
+
+def losses_of(decoder: str, text: str) -> torch.Tensor:
+    """-log p of every token of a text but its first, by transformers."""
+    ids = torch.tensor([tiny.tokenizer()(text)["input_ids"]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(decoder)
+    with torch.no_grad():
+        logs = model(ids).logits[0, :-1].log_softmax(-1)
+    return -logs.gather(1, ids[0, 1:, None])[:, 0]
 
 
 def test_a_run_beside_its_base(encoder, tmp_path, capsys):
@@ -103,31 +126,58 @@ def test_perplexity_is_of_tokens(decoder, tmp_path, patch):
         max_length=6, batch_size=1,
     )  # fmt: skip
     found = evaluate(asked).scores[decoder][data]
-    tokenizer = tiny.tokenizer()
-    stream = [i for text in texts for i in [*tokenizer(text)["input_ids"], 2]]
-    model = transformers.AutoModelForCausalLM.from_pretrained(decoder)
-    total = tokens = 0
-    for ids in (stream[:6], stream[6:]):
-        logs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        total -= logs.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
-        tokens += len(ids) - 1
-    assert found["loss"] == pytest.approx(total / tokens, abs=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    # One stream, cut where a row is full.
+    first, second = "word1 word2 word3 word4 word5 word6", "</s> word7 word8 </s>"
+    loss = torch.cat([losses_of(decoder, part) for part in (first, second)]).mean().item()
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 def test_conversations(decoder, tmp_path):
-    data = lines(tmp_path / "d.jsonl", [{"instruction": "word1 word2", "output": "word3"}] * 3)
+    chats = [("word1 word2", "word3"), ("word4", "word5 word6 word7")]
+    rows = [{"instruction": question, "output": answer} for question, answer in chats]
+    data = lines(tmp_path / "d.jsonl", rows)
     asked = EvaluateConfig(model=[decoder], data=[data], task="sft", output=str(tmp_path / "out"))
-    assert 0 < evaluate(asked).scores[decoder][data]["loss"] < 10
+    found = evaluate(asked).scores[decoder][data]
+    answers = []
+    for question, answer in chats:
+        text = f"<s> user {question} </s> <s> assistant {answer} </s>"
+        answers.append(losses_of(decoder, text)[-len(answer.split()) - 1 :])
+    assert found["loss"] == pytest.approx(torch.cat(answers).mean().item(), abs=1e-5)
+
+
+def test_several_labels(encoder, tmp_path):
+    """Of a model that gives one label a chance of 1/4 and the other of 3/4."""
+    kind = transformers.BertForSequenceClassification
+    odds = {"neg": -math.log(3), "pos": math.log(3)}
+    model = biased(kind, encoder, tmp_path / "model", odds)
+    labels = [["pos"], ["pos", "neg"], []]
+    rows = [{"text": text, "label": held} for (text, _), held in zip(TRAINED, labels, strict=True)]
+    data, out = lines(tmp_path / "d.jsonl", rows), tmp_path / "out"
+    asked = {"model": [model], "data": [data], "task": "classify", "multi_label": True}
+    found = evaluate(EvaluateConfig(**asked, output=str(out))).scores[model][data]
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    right, wrong = -math.log(0.75), -math.log(0.25)
+    assert found["loss"] == pytest.approx((4 * right + 2 * wrong) / 6, abs=1e-5)
+    assert found["per_class"]["pos"]["recall"] == 1 and found["per_class"]["neg"]["recall"] == 0
+    told = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in told] == [["pos"], ["neg", "pos"], []]
+    assert all(row["predicted"] == ["pos"] for row in told)
+    assert told[0]["probabilities"] == pytest.approx({"neg": 0.25, "pos": 0.75})
 
 
 def test_entities(encoder, tmp_path):
+    """Of a model that calls everything a name, by odds of three to one."""
+    kind = transformers.BertForTokenClassification
+    tagger = biased(kind, encoder, tmp_path / "tagger", {"O": 0.0, "B-PER": math.log(3)})
     data = lines(tmp_path / "d.jsonl", [{"tokens": ["John", "lives"], "tags": ["B-PER", "O"]}] * 2)
-    base = str(encoder / "base")
-    asked = EvaluateConfig(model=[base], data=[data], task="ner", output=str(tmp_path / "out"))
-    assert evaluate(asked).scores[base][data]["per_class"]["PER"]["support"] == 2
+    asked = EvaluateConfig(model=[tagger], data=[data], task="ner", output=str(tmp_path / "out"))
+    found = evaluate(asked).scores[tagger][data]
+    assert found["loss"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2, abs=1e-5)
+    person = found["per_class"]["PER"]
+    assert (person["precision"], person["recall"], person["support"]) == (0.5, 1.0, 2)
     told = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
-    assert told["tags"] == ["B-PER", "O"] and len(told["predicted"]) == 2
+    assert told["tags"] == ["B-PER", "O"] and told["predicted"] == ["B-PER", "B-PER"]
 
 
 def test_by_prompts(decoder, tmp_path):
@@ -144,7 +194,15 @@ def test_by_prompts(decoder, tmp_path):
     told = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").open()]
     assert told[3]["prompt"] == "word9 word20 word31 word32 word3 word4 word20"
     assert told[3]["label"] == "1" and found["examples"] == 6
-    assert sum(told[3]["probabilities"].values()) == pytest.approx(1)
+    prompt = told[3]["prompt"]
+    likelihoods = torch.stack(
+        [
+            -losses_of(decoder, f"{prompt} word30")[-1],
+            -losses_of(decoder, f"{prompt} word31 word32")[-2:].sum(),
+        ]
+    )
+    wanted = dict(zip("01", likelihoods.softmax(0).tolist(), strict=True))
+    assert told[3]["probabilities"] == pytest.approx(wanted, abs=1e-5)
     free = EvaluateConfig(**settings, calibrate=True, output=str(tmp_path / "b"))
     evaluate(free)
     other = [json.loads(line) for line in (tmp_path / "b/predictions.jsonl").open()]
@@ -181,4 +239,36 @@ def test_what_the_user_can_put_right(encoder, decoder, tmp_path, capsys):
     asked += ["--label-column", "mood", "--no-chat", "--text-column", "review"]
     assert cli.main(asked) == 2
     assert "row 0: the label 'fine' is none of good, bad" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_prompts_need(decoder, tmp_path):
+    rows = [{"review": "word1", "mood": "word2"}, {"review": "word3", "mood": "word4"}]
+    shots = lines(tmp_path / "s.jsonl", [{"text": "word1", "mood": "word2"}])
+    wide = str(shutil.copytree(decoder, tmp_path / "wide"))
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens("<turn>")
+    tokenizer.save_pretrained(wide)
+    usual = {
+        "model": [decoder], "data": [lines(tmp_path / "d.jsonl", rows)], "task": "prompt",
+        "text_column": "review", "label_column": "mood", "chat": False,
+        "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    for own, said in [
+        ({"text_column": "reviews"}, "data: no column 'reviews'; did you mean 'review'"),
+        ({"label_column": "moods"}, "data: no column 'moods'; did you mean 'mood'"),
+        ({"examples": shots, "shots": 1}, "s.jsonl: no column 'review'; it has 'text', 'mood'"),
+        (
+            {"model": [wide], "template": "{{ text }} <turn>"},
+            "row 0: the token '<turn>' is none of the model's 65",
+        ),
+        ({"answer": " good"}, "answer: the template writes two labels alike, ' good'"),
+        ({"labels": ["word2", "word4"], "label_words": ["a"]}, "label_words: 1 for the 2 labels"),
+        (
+            {"labels": ["word2", "word4"], "label_words": ["a", "a"]},
+            "label_words: one of its own for each label",
+        ),
+    ]:
+        with pytest.raises(UserError, match=said):
+            evaluate(EvaluateConfig(**usual | own))
     assert not (tmp_path / "out").exists()

@@ -76,6 +76,21 @@ def test_sampling_repeats_by_its_seed(model):
     assert first == drawn(0) != drawn(1) and len(set(first)) > 1
 
 
+def test_every_completion_stands_by_its_prompt(model, prompts):
+    """So cold that whatever is drawn is the likeliest, and told apart by its prompt."""
+    asked = GenerateConfig(
+        model=model, prompts=prompts, temperature=1e-5, num_return_sequences=2, batch_size=2,
+        max_new_tokens=8, chat=False,
+    )  # fmt: skip
+    wanted = [
+        {"index": i, "sequence": copy, "prompt": prompt, "completion": truth(model, prompt, 8)}
+        for i, prompt in enumerate(PROMPTS)
+        for copy in range(2)
+    ]
+    assert generate(asked).completions == wanted
+    assert len({row["completion"] for row in wanted}) == 3
+
+
 def test_from_a_pipe_to_a_pipe(model, monkeypatch, capsys):
     rows = io.StringIO('\ufeffword1 word2\r\n{"text": "word7", "more": 1}\r\n')
     monkeypatch.setattr("sys.stdin", rows)
@@ -141,14 +156,14 @@ def test_what_the_user_can_put_right(model, prompts, tmp_path, monkeypatch):
             generate(GenerateConfig(model=model))
     with pytest.raises(UserError, match="more than the model's"):
         generate(GenerateConfig(model=model, prompt="word1", max_new_tokens=10**6))
-    with pytest.raises(UserError, match="speculation|no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         generate(GenerateConfig(model=model, prompt="word1", speculation="./nowhere"))
     # What fails at its first prompt leaves no file that would be in the way of the next try.
     new = tmp_path / "new.jsonl"
     monkeypatch.setattr(
         "fastft.finetune.generating._complete", lambda *_: (_ for _ in ()).throw(UserError("no"))
     )
-    with pytest.raises(UserError, match="no"):
+    with pytest.raises(UserError, match="^no$"):
         generate(GenerateConfig(model=model, prompts=prompts, output=str(new)))
     assert not new.exists()
 

@@ -239,15 +239,18 @@ def test_a_killed_prepare_is_there_or_not(shared, tmp_path, kills, number):
     def asked(name: str) -> list:
         return ["prepare", "--data", shared / "classify.jsonl", "--output", tmp_path / name]
 
-    ended = run(asked("whole"), tmp_path / "log", Limits(under=tmp_path))
+    ended, left = run(asked("whole"), tmp_path / "log", Limits(under=tmp_path)), 0
     for at in moments(kills, ended.moments, seed=kills):
         killed = run(asked("made"), tmp_path / "log", Limits(tmp_path, at, number))
         assert killed.process.exitcode in (-number, 130, 0), killed.said
+        found = list(tmp_path.glob(".partial-*/made/*"))
+        left += len(found)
+        assert number == signal.SIGKILL or not found  # SIGTERM's clears up behind it
         if not (tmp_path / "made").exists():
             assert run(asked("made"), tmp_path / "log").process.exitcode == 0
-        if number == signal.SIGTERM:  # clears up behind it
-            assert not [p for p in tmp_path.glob(".partial-*/**/*") if p.is_file()]
+            assert not list(tmp_path.glob(".partial-*"))  # what was left has gone
         for file in ("train.jsonl", "test.jsonl", "validation.jsonl", "dropped.jsonl"):
             made, other = (tmp_path / name / file for name in ("made", "whole"))
             assert made.read_bytes() == other.read_bytes()
         shutil.rmtree(tmp_path / "made")
+    assert left or number == signal.SIGTERM

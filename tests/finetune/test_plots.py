@@ -15,11 +15,17 @@ HISTORY = [
     {"train_runtime": 5.0, "step": 2},
 ]
 NAMES = [r"$\frac$", "_plain"]  # broken mathematics, and a name that legends leave out
+TRIALS = [
+    {"trial": 0, "score": 0.5, "state": "complete"},
+    {"trial": 1, "score": None, "state": "pruned"},
+]
 DRAWN = {
     "curves": lambda path: plots.curves(HISTORY, path),
     "curves of nothing": lambda path: plots.curves([], path),
     "confusion": lambda path: plots.confusion([[5, 1], [0, 0]], NAMES, path),
     "forgetting": lambda path: plots.forgetting([[0.9, float("nan")], [0.7, 0.8]], NAMES, path),
+    "history": lambda path: plots.history(TRIALS, "f1_macro", True, path),
+    "importance": lambda path: plots.importance(dict.fromkeys(NAMES, 0.5), path),
 }
 
 

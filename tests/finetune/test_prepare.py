@@ -4,12 +4,16 @@ import errno
 import hashlib
 import importlib
 import json
+import re
+import shutil
 
 import pytest
+from finetune import tiny
 
 from fastft import cli
 from fastft.finetune import UserError, prepare_report, readers, reading
 from fastft.finetune.prepare import PrepareConfig, prepare
+from fastft.finetune.run_folder import new_folder
 
 # The package's own name for it is the function's.
 module = importlib.import_module("fastft.finetune.prepare")
@@ -22,8 +26,7 @@ TEXTS = [
 
 
 def save(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return str(tiny.save_rows(path, rows))
 
 
 def lines(path):
@@ -232,7 +235,6 @@ GOOD = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS[:10])]
         (GOOD, {"source_format": "alpaca"}, "no row is left .10 no instruction."),
         (GOOD, {"min_characters": 999}, "no row is left .10 shorter than 999 characters."),
         ([r | {"label": "x"} for r in GOOD], {}, "every row has the label 'x'"),
-        ([*GOOD, {"text": "another one", "label": "x"}], {}, "some labels are names.* 'x' and 0"),
         ([{"a": 1}], {}, "columns 'a' are of no known format"),
         ([], {}, "empty"),
         (GOOD, {"data": "none.csv"}, "none.csv: no such file"),
@@ -243,6 +245,18 @@ def test_what_a_user_can_put_right(tmp_path, rows, settings, message):
     with pytest.raises(UserError, match=message) as error:
         prepare(PrepareConfig(**{"data": data, "output": str(tmp_path / "made")} | settings))
     assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "first, other", [(0, "x"), ("x", ["x"]), ([1], 1), ("x", 0.5), (["x"], ["x", 1])]
+)
+def test_labels_of_two_kinds_are_no_column(tmp_path, first, other):
+    rows = [{"text": text, "label": first} for text in TEXTS[:9]]
+    data = save(tmp_path / "raw.jsonl", [*rows, {"text": TEXTS[9], "label": other}])
+    told = f"the labels {first!r} (row 0 of raw.jsonl) and {other!r} (row 9 of raw.jsonl) cannot"
+    with pytest.raises(UserError, match=re.escape(told)):
+        prepare(PrepareConfig(data=data, output=str(tmp_path / "made")))
     assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
 
 
@@ -288,6 +302,34 @@ def test_interrupted_leaves_nothing(labelled, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(PrepareConfig(data=labelled, output=str(tmp_path / "made")))
     assert [path.name for path in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+def test_a_process_that_makes_the_same_is_not_disturbed(labelled, tmp_path):
+    asked = PrepareConfig(data=labelled, output=str(tmp_path / "made"))
+    with new_folder(asked.output) as part:
+        with pytest.raises(UserError, match="made: another process is making it; nothing was"):
+            prepare(asked)
+        (part / "theirs").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "raw.jsonl"]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["theirs"]
+
+
+def test_where_files_cannot_be_locked(labelled, tmp_path, monkeypatch):
+    """What another process made, or makes, cannot be told apart then."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    asked = PrepareConfig(data=labelled, output=str(tmp_path / "made"))
+    left = tmp_path / ".partial-made" / "made"
+    left.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"\.partial-made is in use, or was left .*: remove it;"):
+        prepare(asked)
+    assert left.is_dir()
+    shutil.rmtree(left.parent)
+    prepare(asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "raw.jsonl"]
 
 
 @pytest.mark.parametrize(

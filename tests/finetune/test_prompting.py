@@ -60,6 +60,16 @@ def test_chats_put_examples_in_turns():
     assert made.prompt({"messages": talk}) == "<s> user hi </s> <s> assistant "
 
 
+@pytest.mark.parametrize("row", [{"text": "hi"}, {"messages": "hi"}, {"messages": ["hi"]}])
+def test_what_is_no_conversation(row):
+    made = prompter([{"messages": []}], tiny.tokenizer())
+    with pytest.raises(UserError, match="messages: expected a list of turns, got"):
+        made.prompt(row)
+    answered = {"messages": [{"role": "assistant", "content": "hello"}]}
+    with pytest.raises(UserError, match="messages: a conversation without a question"):
+        made.prompt(answered)
+
+
 def test_ids_begin_a_text_and_do_not_end_it():
     class Ending:
         eos_token, eos_token_id = "</s>", 2

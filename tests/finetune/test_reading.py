@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from finetune import tiny
 
 from fastft.finetune import UserError, readers, reading
 
@@ -51,14 +52,9 @@ def test_conll(tmp_path, name):
 def test_types_are_those_of_all_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "BATCH", 2)
     held = [{"a": None, "b": 1}] * 3 + [{"a": "x", "b": 0.5, "c": [{"k": 1}]}] * 3
-    read = reading.rows(save_lines(tmp_path / "a.jsonl", held))
+    read = reading.rows(tiny.save_rows(tmp_path / "a.jsonl", held))
     assert read[0] == {"a": None, "b": 1.0, "c": None}
     assert read[5] == {"a": "x", "b": 0.5, "c": [{"k": 1}]}
-
-
-def save_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def test_a_large_file_is_mapped_and_read_anew_when_it_changes(tmp_path, monkeypatch):

@@ -5,18 +5,9 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from finetune import tiny
 
 from fastft import cli
 from fastft.finetune import SearchConfig, TrainConfig, UserError, config, search, studying, train
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
-    tiny.save_encoder(folder / "encoder")
-    tiny.save_rows(folder / "classify.jsonl", tiny.labelled())
-    return folder
 
 
 @pytest.fixture
@@ -173,8 +164,11 @@ def test_settings_that_do_not_make_a_search(asked):
         asked(RATE, sampler="grid")
     with pytest.raises(UserError, match="not in a search"):
         asked(RATE, seeds=[1, 2])
-    for wrong in (asked(), asked(RATE, validation=0.0)):
-        with pytest.raises(UserError, match="nothing to search|compared by validation data"):
+    for wrong, words in [
+        (asked(), "space: nothing to search"),
+        (asked(RATE, validation=0.0), "trials are compared by validation data"),
+    ]:
+        with pytest.raises(UserError, match=words):
             search(wrong)
 
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 from finetune import tiny
 
-from fastft.finetune import UserError, data, examples
+from fastft.finetune import UserError, data, examples, reading
 from fastft.finetune.data import IGNORED
 from fastft.finetune.tasks import classify, lm, ner, sft
 
@@ -171,6 +171,25 @@ def test_classes_keep_the_order_the_model_knows():
     assert classify.names(rows, config()) == ["1", "2", "10"]
     assert classify.names(rows, config(), ["10", "1", "2", "3"]) == ["10", "1", "2", "3"]
     assert classify.names(rows, config(), ["1", "2"]) == ["1", "2", "10"]
+
+
+def test_a_parquet_file_that_names_its_classes(tmp_path):
+    """As `datasets` writes it: numbers, and in the schema what they stand for."""
+    texts = {"text": Value("string"), "label": ClassLabel(names=["good", "bad"])}
+    words = {"tokens": List(Value("string")), "tags": List(ClassLabel(names=["O", "B-PER"]))}
+    held = {
+        "a": ({"text": ["word1", "word2"], "label": [1, 0]}, texts),
+        "b": ({"tokens": [["word1", "word2"]], "tags": [[1, 0]]}, words),
+    }
+    for name, (columns, features) in held.items():
+        written = Dataset.from_dict(columns, features=Features(features))
+        written.to_parquet(tmp_path / f"{name}.parquet")
+    rows = reading.rows(tmp_path / "a.parquet")
+    assert classify.names(rows, config()) == ["bad", "good"]
+    assert classify.encode(rows, TOKENIZER, config(), ["bad", "good"])["labels"][:] == [0, 1]
+    rows = reading.rows(tmp_path / "b.parquet")
+    assert ner.names(rows, config()) == ["O", "B-PER"]
+    assert ner.encode(rows, TOKENIZER, config(), ["O", "B-PER"])["labels"][:] == [[1, 0]]
 
 
 def test_several_labels_are_a_row_of_ones():

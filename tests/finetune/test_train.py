@@ -1,4 +1,4 @@
-"""fastft train on tiny models: every task by every method, and everything a run can go through."""
+"""fastft train on tiny models: every task, every method, and everything a run can go through."""
 
 import json
 import os
@@ -10,13 +10,10 @@ import pytest
 import torch
 import yaml
 from finetune import tiny
+from finetune.tiny import losses
 
 from fastft.finetune import UserError, checkpoints, loading, methods, train, trainer
 from fastft.finetune.run_folder import RunFolder
-
-
-def losses(folder) -> list[float]:
-    return [e["loss"] for e in json.loads((folder / "log.json").read_text()) if "loss" in e]
 
 
 def weights(folder) -> dict:
@@ -236,7 +233,8 @@ def test_a_dry_run_writes_nothing(config, capsys):
         assert f"task: {task}" in shown and "learning_rate: 5.0e-05" in shown
         assert shown.count("\nexample ") == 3 or task == "sft"
         assert "> " in shown and "minutes" in shown and "MB, activations" in shown
-        assert result.metrics["memory_bytes"]["activations"] > 1000
+        held, counted = result.metrics["memory_bytes"], result.metrics["parameters"]
+        assert held["weights"] == 4 * counted["all"] and held["activations"] > 1000
         assert result.metrics["steps"] == 12
     assert "> word" in shown and "  <s> user" in shown  # the answer is learned, what is asked not
 

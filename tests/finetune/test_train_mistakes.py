@@ -11,7 +11,7 @@ import torch
 from finetune import tiny
 
 from fastft import cli
-from fastft.finetune import UserError, train
+from fastft.finetune import GenerateConfig, MergeConfig, UserError, run_folder, train
 from fastft.finetune.run_folder import readable
 
 
@@ -37,7 +37,10 @@ def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
         "no label column": ({"label_column": "lable"}, "did you mean 'label'"),
         "one class": ({"data": rows("one.jsonl", [good] * 5)}, "nothing to tell apart"),
         "no label": ({"data": rows("x.jsonl", [good, {"text": "a"}, bad])}, "row 1: no label"),
-        "no text": ({"data": rows("t.jsonl", [good, bad | {"text": None}])}, "row 1"),
+        "no text": (
+            {"data": rows("t.jsonl", [good, bad | {"text": None}])},
+            "row 1: expected a text to classify, got None",
+        ),
         "unseen label": (
             {"validation_data": rows("v.jsonl", [good, good | {"label": "fine"}])},
             "validation: row 1: the label 'fine' is not one of bad, good",
@@ -78,6 +81,17 @@ def wrong(shared, tmp_path) -> dict[str, tuple[dict, str]]:
             "); rename them",
         ),
         "half on the CPU": ({"precision": "fp16"}, "needs a GPU"),
+        "labels in no list": (
+            {"multi_label": True, "data": rows("i.jsonl", [good | {"label": 1}] * 2)},
+            "row 0: expected labels in a list, got 1",
+        ),
+        "folds and validation data": (
+            {"folds": 2, "validation_data": rows("f.jsonl", [good, bad])},
+            "every fold validates on its own part",
+        ),
+        "one row": (
+            {"data": rows("s.jsonl", [good]), "validation": 0.5}, "one row cannot be split",
+        ),
     }  # fmt: skip
 
 
@@ -94,6 +108,19 @@ def test_mistakes_are_one_sentence_and_leave_nothing(config, shared, tmp_path, c
         assert not (tmp_path / "run").exists(), name
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_not_every_library_takes(config, seed):
+    asked = [
+        lambda: config("classify", seed=seed),
+        lambda: config("classify", seeds=[1, seed]),
+        lambda: GenerateConfig(model="m", seed=seed),
+        lambda: MergeConfig(adapter=["a"], output="o", seed=seed),
+    ]
+    for make in asked:
+        with pytest.raises(UserError, match=f"^seeds?: expected at .*, got {seed}$"):
+            make()
+
+
 def test_a_run_is_not_written_over(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
@@ -102,6 +129,15 @@ def test_a_run_is_not_written_over(config, tmp_path):
     with pytest.raises(UserError, match="no run to resume"):
         train(config("classify", resume=True))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
+    data = tiny.save_rows(tmp_path / "rows.jsonl", tiny.labelled())
+    run = config("classify", data=str(data))
+    run_folder.start(run, [data])
+    tiny.save_rows(data, tiny.labelled(20))
+    with pytest.raises(UserError, match="rows.jsonl has changed since the run was started"):
+        train(replace(run, resume=True))
 
 
 def test_the_command(shared, tmp_path, capsys):

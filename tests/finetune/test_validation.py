@@ -35,11 +35,7 @@ def test_perplexity_is_of_tokens_and_of_labels_as_they_are(
     scores = evaluate(asked).scores[own][chats]
     found = run.metrics["validation"]
     assert found == pytest.approx({n: scores[n] for n in ("loss", "perplexity")}, rel=1e-5)
-    logged = [
-        e["eval_loss"]
-        for e in json.loads((run.folder / "log.json").read_text())
-        if "eval_loss" in e
-    ]
+    logged = tiny.losses(run.folder, "eval_loss")
     assert logged[-1] == pytest.approx(found["loss"], rel=1e-5)
 
 

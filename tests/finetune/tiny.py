@@ -1,4 +1,4 @@
-"""Random models of a few thousand weights with a word tokenizer, in the form that is loaded."""
+"""Random models of a few thousand weights with a word tokenizer, data, and the losses of a run."""
 
 import json
 from pathlib import Path
@@ -97,3 +97,9 @@ def save_data(path: Path, count: int = 12) -> Path:
     ]
     path.write_text(json.dumps(records))
     return path
+
+
+def losses(folder: Path, name: str = "loss") -> list[float]:
+    """What a run's Trainer logged, in its order; name: "loss" of training, or "eval_loss"."""
+    entries = json.loads((folder / "log.json").read_text())
+    return [entry[name] for entry in entries if name in entry]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from finetune import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -40,9 +41,7 @@ def config(folder: Path, task: str, method: str, processes: int) -> TrainConfig:
 
 def by_trainer(folder: Path, task: str, method: str, processes: int) -> list[float]:
     """The losses of `fastft train`: DDP, where there are processes."""
-    result = train(config(folder, task, method, processes))
-    log = json.loads((result.folder / "log.json").read_text())
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return tiny.losses(train(config(folder, task, method, processes)).folder)
 
 
 def by_hand(folder: Path, method: str, rank: int, processes: int) -> list[float]:

@@ -91,8 +91,8 @@ def test_gradients_are_those_of_the_numbers_within_rounding(base):
     assert set(grads) == set(truth)
     assert float((loss - wanted).abs()) < 0.01 * float(wanted)
     for name, grad in truth.items():
-        cosine = torch.nn.functional.cosine_similarity(grads[name].flatten(), grad.flatten(), 0)
-        assert cosine > 0.99, name
+        gap = (grads[name] - grad).norm() / grad.norm()
+        assert gap < 0.1, name
 
 
 @pytest.mark.parametrize("originals", [False, True])
@@ -136,6 +136,10 @@ def test_merging_and_reading_a_weight_are_refused(base):
     fastft.patch(model, base_weights=base)
     with pytest.raises(RuntimeError, match="unpatch"):
         model.merge_adapter()
+    layer = next(m for m in model.modules() if isinstance(m, QuantizedLinear))
+    assert layer.weight.shape == (layer.out_features, layer.in_features)  # which PEFT asks
+    with pytest.raises(RuntimeError, match="unpatch"):
+        layer.weight + 0
     with pytest.raises(ValueError, match="base_weights"):
         fastft.patch(llama(), base_weights="int3")
 

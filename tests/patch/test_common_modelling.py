@@ -127,7 +127,9 @@ class TestCommonModelling:
             for a, b in zip(got, wanted, strict=True):
                 kept = a if a.dim() == 3 else a.transpose(1, 2)
                 assert_same(kept, b if b.dim() == 3 else b.transpose(1, 2), real)
-        assert attention == "sdpa" or len(theirs.attentions) == model.config.num_hidden_layers
+        layers = model.config.num_hidden_layers
+        assert len(theirs.hidden_states) == layers + 1
+        assert attention == "sdpa" or len(theirs.attentions) == layers
 
     @pytest.mark.parametrize("padding", ["none", "right", "left"])
     def test_step_in_training_mode(self, name, padding):

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from models import batch, causal_lm, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLayer
+from test_patch import assert_no_further_from_float64
 from torch import nn
 
 from fastft.patch import patch, unpatch, verify
@@ -162,6 +163,7 @@ def test_dtype_changes_after_patching(dtype, lora):
     assert result.ok, str(result)
     output = model(**RIGHT)
     assert output.logits.dtype is dtype and abs(output.loss.item() - truth) < 0.05 * truth
+    assert_no_further_from_float64(model, RIGHT)
 
 
 def test_embeddings_are_resized_and_tied_weights_stay_tied():

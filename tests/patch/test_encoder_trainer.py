@@ -110,12 +110,14 @@ def test_losses(tmp_path, head, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"group_by_length": True}, {"bf16": True}, {"gradient_checkpointing": True}],
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+    ],
     ids=str,
 )
 def test_arguments(tmp_path, settings):
-    if "group_by_length" in settings:
-        settings = {"train_sampling_strategy": "group_by_length"}
     runs = [
         history(trained(tmp_path, "bert", "TokenClassification", when, **settings))
         for when in ("never", "after")

@@ -4,19 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_base_weights import batch, gradients, llama
+from test_base_weights import batch, gradients, llama, with_lora
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import fastft
 from fastft.ops.quantized_layer import quantized_layers
-
-
-def with_lora(model):
-    torch.manual_seed(1)
-    options = dict(target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(model, LoraConfig(r=4, **options))
 
 
 @pytest.fixture
@@ -53,6 +46,13 @@ def test_the_checkpoint_keeps_the_originals(base, folder):
         if "lora_" not in name:
             assert torch.equal(parameter, weights[name.replace(".base_layer", "")]), name
     assert not quantized_layers(model.merge_and_unload())
+
+
+def test_numbers_loaded_since_are_not_those_of_the_checkpoint(base, folder):
+    model = fastft.load(folder, base_weights=base)
+    model.load_state_dict(model.state_dict())
+    (remark,) = fastft.unpatch(model)
+    assert "as eight bits gave them" in remark and not quantized_layers(model)
 
 
 @pytest.mark.parametrize("model_type", ["evil", "llama"])

@@ -5,9 +5,11 @@ import torch
 import transformers
 from models import batch, causal_lm, with_lora
 
+from fastft.ops.attention import attention
+from fastft.patch import attention as room
 from fastft.patch import patch, verify
 from fastft.patch.confirm import relative
-from fastft.patch.swap import swap_of
+from fastft.patch.swap import swap_of, switched_off
 
 
 def test_agrees_and_restores():
@@ -39,15 +41,53 @@ def test_without_labels_padded_states_of_an_encoder_do_not_count(head):
     assert result.ok, result
 
 
+@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("target", ["norm", "gated_mlp", "lora"])
-def test_sees_a_wrong_operator(target):
+def test_sees_a_wrong_operator(target, labelled):
     model = with_lora(causal_lm("llama")).train()
     patch(model)
     record = next(r for m in model.modules() if (r := swap_of(m)) and r.operator == target)
     right = record.replacement
     record.replacement = lambda module, x: right(module, x) * 1.01
-    result = verify(model, batch("right"))
+    inputs = batch("right")
+    if not labelled:
+        del inputs["labels"]
+    result = verify(model, inputs)
     assert not result.ok and "DIFFERS" in str(result)
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_sees_a_wrong_attention(padding, monkeypatch):
+    """Without padding too, where the model as it was once ran the fused attention as well."""
+    model = causal_lm("llama").train()
+    patch(model)
+    monkeypatch.setattr(room, "attention", lambda *a, **k: 1.01 * attention(*a, **k))
+    assert not verify(model, batch(padding)).ok
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_what_it_compares_with_is_the_model_as_it_was(implementation, padding):
+    model, inputs = causal_lm("llama").train(), batch(padding)
+    model.set_attn_implementation(implementation)
+
+    def step():
+        model.zero_grad()
+        output = model(**inputs)
+        logits = output.logits.detach().clone()
+        output.loss.backward()
+        return [output.loss.detach(), logits, *(p.grad for p in model.parameters())]
+
+    wanted = step()
+    patch(model)
+    with switched_off(model):
+        got = step()
+    assert all(map(torch.equal, got, wanted))
+    assert model.config._attn_implementation == "fastft"
+    model.set_attn_implementation("sdpa")  # chosen since: it stays
+    with switched_off(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_sees_a_lost_gradient():

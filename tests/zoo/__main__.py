@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.zoo.check import Wrong, journey, time_limit
+from tests.zoo.check import Journey, Wrong, journey, time_limit
 from tests.zoo.tiny import Case, cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -40,6 +40,11 @@ modules that run an operator.
 | architecture | class | """
 
 
+def told(found: Journey) -> str:
+    """The remark on a class that is right."""
+    return f"decodes by {found.decoding}" if found.decoding else ""
+
+
 def run(case: Case) -> tuple[str, Counter, str]:
     """Result ("right", "skipped" or "WRONG"), operators, and a remark."""
     if case.skipped:
@@ -52,7 +57,7 @@ def run(case: Case) -> tuple[str, Counter, str]:
     except Exception as error:
         traceback.print_exc()
         return "FAILED", Counter(), f"{type(error).__name__}: {error}"
-    return "right", found.operators, f"decodes by {found.decoding}" if found.decoding else ""
+    return "right", found.operators, told(found)
 
 
 def summary(results: list[tuple[Case, str, Counter, str]]) -> str:

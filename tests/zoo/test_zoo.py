@@ -1,13 +1,16 @@
-"""Every architecture of the installed transformers: whatever is swapped in it must be right.
+"""Every architecture of the installed transformers: whatever is swapped in it must be right, and
+docs/architectures.md tell what was.
 
 pytest tests/zoo -m slow        # all of them, some minutes
-python -m tests.zoo             # the same, and writes docs/architectures.md
+python -m tests.zoo             # the same, and writes the page
 """
 
 import pytest
+import transformers
 
+from tests.zoo.__main__ import PAGE, row, told
 from tests.zoo.check import journey, time_limit
-from tests.zoo.tiny import cases
+from tests.zoo.tiny import OWN, SKIPPED, cases
 
 # One of every way to go: what is packed, declined, decoded layer by layer or by modules.
 QUICK = {
@@ -26,11 +29,13 @@ def test_patched_is_the_same(case):
     if case.skipped:
         pytest.skip(case.skipped)
     with time_limit(60):
-        journey(case)
+        found = journey(case)
+    page = PAGE.read_text()
+    if f"of transformers {transformers.__version__} " in page:
+        assert row(case, "right", found.operators, told(found)) in page.splitlines()
 
 
-def test_skips_are_of_cases():
-    from tests.zoo.tiny import OWN, SKIPPED
-
-    known = {c.name for c in cases()} | {c.model_type for c in cases()}
-    assert set(SKIPPED) | set(OWN) <= known
+def test_names_are_of_cases():
+    known = {c.name for c in cases()}
+    assert known >= QUICK
+    assert set(SKIPPED) | set(OWN) <= known | {c.model_type for c in cases()}

@@ -187,9 +187,7 @@ def cases() -> list[Case]:
 def tiny_config(cls: type, own: dict | str):
     """A configuration of this class with few of everything."""
     own = dict(OWN.get(own, {})) if isinstance(own, str) else dict(own)
-    base = {k: own.pop(k) for k in ("_base",) if k in own}.get("_base", {})
-    default = cls(**base)
-    fields = dict(base)
+    default, fields = cls(), {}
     for name, value in vars(default).items():
         if name in own and not hasattr(value, "to_dict"):
             continue
