@@ -143,6 +143,7 @@ def test_an_adapter_for_each_row(device, name):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized_weights_give_the_tokens_of_what_they_stand_for(device, name, kind):
+    kind = kind if device == "cuda" else f"{kind}_weight_only"  # the CPU rounds inputs otherwise
     model, inputs = made(name, device), prompts(device)
     rounded = copy.deepcopy(model)
     head = model.get_output_embeddings()
