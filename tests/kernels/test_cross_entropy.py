@@ -117,6 +117,19 @@ def test_not_numbers_are_told():
     assert losses.isnan().tolist() == [True, True, False]
 
 
+def test_what_ignored_rows_hold_does_not_matter():
+    logits, labels = torch.randn(3, 50), torch.tensor([1, -100, 3])
+    for value in (float("nan"), float("inf")):
+        logits[1] = value
+        private = logits.clone()
+        losses = cross_entropy.cross_entropy_in_place(private, labels, None, None, -100, PLAIN)
+        assert losses[1] == 0 and not private[1].any() and private.isfinite().all()
+        losses, stats = cross_entropy.cross_entropy(logits, labels, None, -100, PLAIN)
+        args = torch.ones(3), logits, labels, None, stats, -100, PLAIN
+        grad = cross_entropy.cross_entropy_backward(*args)
+        assert losses[1] == 0 and torch.equal(grad, private)
+
+
 @pytest.mark.parametrize("wrong", [-1, 50, 1 << 40, -(1 << 62)])
 def test_a_wrong_label_reads_nothing_and_is_told(wrong):
     logits, labels = torch.randn(4, 50), torch.tensor([1, wrong, -100, 49])

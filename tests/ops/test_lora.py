@@ -91,8 +91,8 @@ def test_gradients_of_a_trained_base(trainable):
     assert_as_exact(fused, eager, (make(11, 20), wt, bias, a, b, True))
 
 
-def test_no_product_for_gradients_nobody_needs(monkeypatch):
-    """Neither dx = dy W nor dW = dy^T x; what is left is as exact."""
+def test_no_gradient_that_nobody_needs(monkeypatch):
+    """Neither dx = dy W nor dW = dy^T x is computed; what is left is as exact."""
     weight, bias, a, b = adapter(4, 20, 30, DTYPES[0])
     args = make(5, 20, grad=False), weight, bias, a.requires_grad_(False), b
     assert_as_exact(fused, eager, args)
